@@ -1,0 +1,5737 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9.2"
+# dependencies = ["websockets>=15.0.1", "cryptography>=43", "qrcode>=8.2"]
+# ///
+"""oppi: drive the coding agent `pi` on your own machine from the Oppi app on your phone.
+
+This file is the whole server.  It is meant to be read from top to bottom in one sitting.
+
+                one port                 one loop, one process               child process per session
+     phone --HTTP/WS--> edge -> api -> sessions -> pi link --stdin (JSONL)--> pi
+       ^                                 |  ^        ^ <--stdout (JSONL)------'
+       |                                 |  |        '-- gate question and verdict ride on the same pipe
+       '------- outbox <-- stream <------'  '-- policy (pure) + pending approvals
+                                       files: config, identity, devices, workspaces, sessions, rules, audit
+
+Down is a call, up is an event.  A section calls only sections above it; events travel back
+through callbacks handed in at construction.  There are no global singletons: `Server` builds
+the parts and passes them.
+
+Glossary, used in exactly these words, in code and on the wire:
+
+    workspace  a directory on this machine plus the settings pi runs with there
+    session    one conversation with pi; it outlives the process, the socket and the server
+    turn       one prompt, and everything the agent does until it is idle again
+    device     a phone or script that holds its own token; only the token's hash is stored
+    invite     what a QR code holds: where the server is, and a one-time secret that makes a device
+    gate       the small extension loaded into pi that asks this server before every tool call
+    verdict    the answer of the policy to one tool call: allow, ask or deny, with risk and reason
+    rule       a stored verdict for calls that look a certain way
+    approval   a person's answer to one question of the gate, bound to one call and its exact input
+    seq        the number of a durable message of a session; it never goes back
+    epoch      the time from one start of a session's pi to its end; seq is provable only inside it
+    trace      a conversation as read back from pi's own session file
+    dialect    how messages are spelled for an app generation: 1.0 (own socket) or 1.1 (`/stream`)
+
+Threat model in one paragraph.  The agent runs shell commands as the user and may be misled by
+what it reads, so no tool runs unless the gate was told to allow exactly that call; silence, junk
+or a crash mean no.  Anyone on the network may talk to the port: everything but /health, /pair
+and OPTIONS needs a token, every input has a bound, and nothing a peer sends may end the process.
+A stolen token can be revoked by itself and dies within a second.  Text from the model is data:
+it is shown in full, with invisible characters made visible, or refused.  A process that already
+runs as the same user outside the gate is not defended against.
+
+Map: 1 errors and small tools, 2 settings, 3 identity, 4 shell grammar, 5 policy, 6 pi protocol,
+7 trace, 8 stream | I/O starts here | 10 store, 11 skills, 12 host environment, 13 pi process,
+14 sessions, 16 edge, 17 API, 18 server, 20 command line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+__version__ = "0.1.0"
+
+Json = dict[str, Any]  # a decoded JSON object
+
+
+# ═══════════════════════════════ 1. Errors and small tools ═══════════════════════════════
+# One exception tree; each leaf carries the HTTP status it becomes.  Whatever is raised below a
+# request or a socket message ends as one JSON error there and nowhere else.
+#
+#   OppiError 500
+#    ├─ BadRequest 400      ├─ Forbidden 403     ├─ Conflict 409      ├─ TooManyRequests 429
+#    ├─ Unauthorized 401    ├─ NotFound 404      ├─ TooLarge 413      └─ Unavailable 503
+#    ├─ SessionLimit 409 (code SESSION_LIMIT_WORKSPACE or SESSION_LIMIT_GLOBAL)
+#    ├─ PiFailed 500        pi could not be started, or refused a command
+#    └─ UsageError          for the command line: one line on stderr, exit 1
+
+
+class OppiError(Exception):
+    status = 500
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class BadRequest(OppiError):
+    status = 400
+
+
+class Unauthorized(OppiError):
+    status = 401
+
+
+class Forbidden(OppiError):
+    status = 403
+
+
+class NotFound(OppiError):
+    status = 404
+
+
+class Conflict(OppiError):
+    status = 409
+
+
+class SessionLimit(Conflict):
+    pass
+
+
+class TooLarge(OppiError):
+    status = 413
+
+
+class TooManyRequests(OppiError):
+    status = 429
+
+
+class Unavailable(OppiError):
+    status = 503
+
+
+class PiFailed(OppiError):
+    pass
+
+
+class UsageError(OppiError):
+    pass
+
+
+ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # session and workspace ids are 8 long, others 12; old ones vary
+INVISIBLE = (
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
+TOKEN_TEXT = r"\b(sk|dt|pt)_[A-Za-z0-9_-]{8,}"
+SURROGATE = "[\ud800-\udfff]"
+
+
+def now_ms() -> int:
+    """Wall clock in integer milliseconds since the epoch, the time unit of the wire."""
+    return int(time.time() * 1000)
+
+
+def new_id(length: int = 8) -> str:
+    """A random id of `length` base64url characters."""
+    import secrets
+
+    return secrets.token_urlsafe(length)[:length]
+
+
+def new_token(prefix: str) -> str:
+    """`<prefix>_` and 24 base64url characters: 144 random bits."""
+    import secrets
+
+    return f"{prefix}_{secrets.token_urlsafe(18)}"
+
+
+def token_hash(token: str) -> str:
+    """What is stored of a token.  144 random bits need no salt and no slow hash."""
+    import hashlib
+
+    return "sha256:" + hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def same_secret(left: str, right: str) -> bool:
+    """Constant-time comparison of two texts."""
+    import hmac
+
+    return hmac.compare_digest(left.encode("utf-8", "replace"), right.encode("utf-8", "replace"))
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON with non-ASCII characters as they are."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def encode(value: Any) -> bytes:
+    """JSON as UTF-8.  A lone surrogate from the model becomes `?`: it cannot be sent."""
+    return dumps(value).encode("utf-8", "replace")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Strict JSON.  Raises ValueError for anything else, bottomless nesting and NaN included."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def obj(value: Any) -> Json:
+    """`value` if it is a JSON object, else {}: for data that is read, not trusted."""
+    return value if isinstance(value, dict) else {}
+
+
+def arr(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def visible(text: str) -> str:
+    """Text for an approval: control, bidi and zero-width characters become visible escapes."""
+    return re.sub(INVISIBLE, lambda match: f"\\u{{{ord(match.group()):x}}}", text)
+
+
+def redact(text: str) -> str:
+    """Text for a log: tokens are cut to their prefix, invisible characters made visible."""
+    return re.sub(TOKEN_TEXT, r"\1_[redacted]", visible(text))
+
+
+def join_surrogates(text: str) -> str:
+    """Pairs of escaped surrogates that arrived apart become the character they stand for."""
+    if not re.search(SURROGATE, text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+# ═══════════════════════════════════════ 2. Settings ═════════════════════════════════════
+# ONE table of the keys of config.json; parsing, validation, defaults, `config get/set` and the
+# help text are read off it.  Both generations' keys are known, so a file of either opens unchanged;
+# unknown keys are kept as they are.  Nothing here ever writes a default over a stored value.
+
+
+class Key(NamedTuple):
+    """One setting.  `kind`: int, text, bool, choice, texts (list), map (of text), object, number."""
+
+    path: str
+    kind: str
+    default: Any = None
+    low: int = 0
+    high: int | None = None
+    choices: tuple[str, ...] = ()
+    state: bool = False  # run-time state, not a setting: never an error, wrong types are ignored
+    help: str = ""
+
+
+PROFILES = ("tailscale-permissive", "strict")
+TLS_MODES = ("auto", "tailscale", "cloudflare", "self-signed", "manual", "disabled")
+DEFAULT_MODEL = "openai-codex/gpt-5.3-codex"
+DEFAULT_PATHS = ("~/.local/bin", "~/.cargo/bin", "/opt/homebrew/bin", "/opt/homebrew/sbin", "/usr/local/bin",
+                 "/usr/bin", "/bin", "/usr/sbin", "/sbin")
+
+KEYS = (
+    Key("configVersion", "int", 2, 1, help="version of this file's format"),
+    Key("port", "int", 7749, 0, 65535, help="port to listen on (0 = any free port)"),
+    Key("host", "text", "0.0.0.0", help="address to listen on"),
+    Key("dataDir", "text", help="informational; --data-dir and OPPI_DATA_DIR decide"),
+    Key("defaultModel", "text", DEFAULT_MODEL, help="provider/model for new sessions; pi's own default if unavailable"),
+    Key("sessionIdleTimeoutMs", "int", 600_000, 1, help="stop a session that was idle so long"),
+    Key("workspaceIdleTimeoutMs", "int", 1_800_000, 1, help="stop a workspace's container after so long"),
+    Key("maxSessionsPerWorkspace", "int", 20, 1, help="running sessions in one workspace"),
+    Key("maxSessionsGlobal", "int", 40, 1, help="running sessions in all"),
+    Key("approvalTimeoutMs", "int", 120_000, 0, help="how long the phone may take to answer (0 = for ever)"),
+    Key("security.profile", "choice", PROFILES[0], choices=PROFILES, help="shown to app 1.0, which compares it"),
+    Key("security.requireTlsOutsideTailnet", "bool", True, help="app 1.0 refuses plain http on public hosts"),
+    Key("security.allowInsecureHttpInTailnet", "bool", True, help="app 1.0 allows plain http in a tailnet"),
+    Key("security.requirePinnedServerIdentity", "bool", True, help="app 1.0 refuses a changed fingerprint"),
+    Key("identity.enabled", "bool", True, help="sign invites"),
+    Key("identity.algorithm", "choice", "ed25519", choices=("ed25519",), help="the only one"),
+    Key("identity.keyId", "text", "srv-default", help="name of the key in invites"),
+    Key("identity.privateKeyPath", "text", help="private key, if not in the data directory"),
+    Key("identity.publicKeyPath", "text", help="public key, if not in the data directory"),
+    Key("identity.fingerprint", "string", "", help="what phones know this server by"),
+    Key("invite.format", "choice", "v2-signed", choices=("v2-signed",), help="the only one"),
+    Key("invite.maxAgeSeconds", "int", 600, 1, 86_400, help="life of an app 1.0 invite"),
+    Key("invite.singleUse", "bool", False, help="kept for the original; invites here always are"),
+    Key("permissionGate", "bool", True, help="kept for the original; the gate here is always on"),
+    Key("runtimePathEntries", "texts", list(DEFAULT_PATHS), help="PATH for pi, after the env file's"),
+    Key("runtimeEnv", "map", {}, help="further environment for pi"),
+    Key("tls.mode", "choice", "disabled", choices=TLS_MODES, help="only `disabled` works so far"),
+    Key("tls.certPath", "text", help="certificate for mode manual"),
+    Key("tls.keyPath", "text", help="its key"),
+    Key("tls.caPath", "text", help="its authority"),
+    Key("policy", "object", help="fallback and seeds for workspaces without a preset"),
+    Key("subagents.maxDepth", "int", 1, help="kept for the original"),
+    Key("subagents.autoStopWhenDone", "bool", True, help="kept for the original"),
+    Key("subagents.startupGraceMs", "int", 60_000, 1, help="kept for the original"),
+    Key("subagents.defaultWaitTimeoutMs", "int", 1_800_000, 1, help="kept for the original"),
+    Key("autoTitle", "object", help="{enabled, model}: name sessions by a model call"),
+    Key("token", "string", state=True, help="owner token"),
+    Key("deviceTokens", "texts", state=True, help="push tokens registered with the original 1.0"),
+    Key("pushDeviceTokens", "texts", state=True, help="push tokens"),
+    Key("authDeviceTokens", "texts", state=True, help="device tokens paired with the original 1.1"),
+    Key("pairingToken", "string", state=True),
+    Key("pairingTokenExpiresAt", "number", state=True),
+    Key("liveActivityToken", "string", state=True),
+    Key("thinkingLevelByModel", "map", state=True),
+    Key("sessionTimeout", "int", state=True, help="old name of sessionIdleTimeoutMs"),
+)
+KEY_BY_PATH = {key.path: key for key in KEYS}
+SECTIONS = {key.path.split(".")[0] for key in KEYS if "." in key.path}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _check_int(key: Key, value: Any) -> str:
+    if not _is_int(value):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "expected integer" if number else "expected number"
+    if value < key.low:
+        return f"expected >= {key.low}"
+    if key.high is not None and value > key.high:
+        return f"expected <= {key.high}"
+    return ""
+
+
+CHECKS: dict[str, Callable[[Key, Any], str]] = {
+    "int": _check_int,
+    "number": lambda key, value: "" if isinstance(value, (int, float)) else "expected number",
+    "text": lambda key, value: "" if _is_text(value) else "expected non-empty string",
+    "string": lambda key, value: "" if isinstance(value, str) else "expected string",
+    "bool": lambda key, value: "" if isinstance(value, bool) else "expected boolean",
+    "choice": lambda key, value: "" if value in key.choices else f"expected one of {', '.join(key.choices)}",
+    "texts": lambda key, value: (
+        "" if isinstance(value, list) and all(map(_is_text, value)) else "expected array of non-empty strings"
+    ),
+    "map": lambda key, value: (
+        "" if isinstance(value, dict) and all(isinstance(v, str) for v in value.values()) else "expected object of strings"
+    ),
+    "object": lambda key, value: "" if isinstance(value, dict) else "expected object",
+}
+
+
+def _leaves(raw: Json) -> Iterator[tuple[str, Any]]:
+    """(path, value) of everything in a configuration, sections opened."""
+    for name, value in raw.items():
+        if name in SECTIONS and isinstance(value, dict):
+            yield from ((f"{name}.{inner}", item) for inner, item in value.items())
+        else:
+            yield name, value
+
+
+def config_errors(raw: Any) -> list[str]:
+    """Every problem of a configuration, as `config.<path>: <problem>`; [] when it is valid."""
+    if not isinstance(raw, dict):
+        return ["config: expected object"]
+    unknown, wrong = [], []
+    for path, value in _leaves(raw):
+        key = KEY_BY_PATH.get(path)
+        if key is None:
+            unknown.append(f"config.{path}: " + ("expected object" if path in SECTIONS else "unknown key"))
+        elif not key.state and (problem := CHECKS[key.kind](key, value)):
+            wrong.append(f"config.{path}: {problem}")
+    tls = raw.get("tls")
+    if isinstance(tls, dict) and tls.get("mode") == "manual":
+        wrong += [f"config.tls.{name}: required when mode=manual" for name in ("certPath", "keyPath") if name not in tls]
+    return unknown + wrong
+
+
+class Settings:
+    """The effective configuration: stored values that are valid, else defaults.
+
+    `raw` is the file's object, unknown keys included; it is what gets written back.
+    """
+
+    def __init__(self, raw: Json) -> None:
+        self.raw = raw
+        self.warnings = [e for e in config_errors(raw) if not e.endswith("unknown key")]
+
+    def __getitem__(self, path: str) -> Any:
+        """Value of a dotted path.  Raises KeyError when it is unknown."""
+        key = KEY_BY_PATH[path]
+        found, value = self._stored(path)
+        if not found and path == "sessionIdleTimeoutMs":
+            found, value = self._stored("sessionTimeout")
+        if path == "security.profile" and value == "legacy":
+            return PROFILES[0]
+        return value if found and not CHECKS[key.kind](key, value) else key.default
+
+    def _stored(self, path: str) -> tuple[bool, Any]:
+        node: Any = self.raw
+        for name in path.split("."):
+            if not isinstance(node, dict) or name not in node:
+                return False, None
+            node = node[name]
+        return True, node
+
+    def effective(self) -> Json:
+        """All settings with their values, nested as in the file; state only where it is stored."""
+        result: Json = {}
+        for key in KEYS:
+            value = self[key.path]
+            if value is not None and not (key.state and not self._stored(key.path)[0]):
+                put_path(result, key.path, value)
+        return result
+
+
+def put_path(target: Json, path: str, value: Any) -> None:
+    """Set a dotted path in a nested object, making the sections on the way."""
+    *sections, last = path.split(".")
+    for name in sections:
+        inner = target.get(name)
+        if not isinstance(inner, dict):
+            inner = target[name] = {}
+        target = inner
+    target[last] = value
+
+
+def parse_setting(path: str, text: str) -> Any:
+    """The value `config set PATH TEXT` means.  Raises UsageError with one line for the person."""
+    key = Key(path, "object") if path in SECTIONS else KEY_BY_PATH.get(path)
+    if key is None or key.state:
+        names = ", ".join(k.path for k in KEYS if not k.state)
+        raise UsageError(f"Unknown key: {path}. Available: {names}")
+    value: Any = text
+    if key.kind not in ("text", "string", "choice"):
+        try:
+            value = parse_json(text)
+        except ValueError:
+            raise UsageError(f"config.{path}: not valid JSON for {key.kind}: {text}") from None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    problem = CHECKS[key.kind](key, value)
+    errors = config_errors({path: value}) if path in SECTIONS else []
+    if problem or errors:
+        raise UsageError(errors[0] if errors else f"config.{path}: {problem}")
+    return value
+
+
+# ═══════════════════════════════════════ 3. Identity ═════════════════════════════════════
+# The server's Ed25519 identity, the invites signed with it, and the tokens of devices.
+# An invite carries its own short-lived secret and never the owner token.  `cryptography` is
+# imported only to sign or to make a key: a fingerprint needs nothing but a hash.
+
+SPKI_ED25519 = bytes.fromhex("302a300506032b6570032100")  # fixed DER header before the 32 raw bytes
+INVITE_FIELDS = ("host", "port", "token", "name", "fingerprint", "securityProfile")
+WRONG_TRIES = 5  # wrong pairing tokens after which every outstanding v3 invite is dead
+PAIR_WINDOW_S, PAIR_BLOCK_S = 60, 120  # five failures of one address in the window block it so long
+PAIRING_TTL_S = 90  # life of an app 1.1 invite
+KINDS = {"v2": "app 1.0", "v3": "app 1.1", "script": "script", "moved": "app 1.1"}
+
+
+def b64u(data: bytes) -> str:
+    """base64url without padding."""
+    import base64
+
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def public_raw(public_pem: str) -> bytes:
+    """The 32 key bytes of an SPKI PEM.  Raises ValueError if it is not an Ed25519 public key."""
+    import base64
+
+    body = "".join(line for line in public_pem.splitlines() if not line.startswith("-----"))
+    der = base64.b64decode(body, validate=True)
+    if not der.startswith(SPKI_ED25519) or len(der) != len(SPKI_ED25519) + 32:
+        raise ValueError("not an Ed25519 public key")
+    return der[len(SPKI_ED25519) :]
+
+
+def fingerprint(raw: bytes) -> str:
+    """`sha256:` and the base64url hash of the raw public key: what phones know a server by."""
+    import hashlib
+
+    return "sha256:" + b64u(hashlib.sha256(raw).digest())
+
+
+def generate_identity() -> tuple[str, str]:
+    """A fresh (private PKCS#8 PEM, public SPKI PEM)."""
+    from cryptography.hazmat.primitives import serialization as ser
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
+    return private.decode(), public_pem(private.decode())
+
+
+def _private_key(private_pem: str) -> Any:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = load_pem_private_key(private_pem.encode(), None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError("not an Ed25519 private key")
+    return key
+
+
+def public_pem(private_pem: str) -> str:
+    """The public half of a private key.  Raises ValueError if it is not an Ed25519 key."""
+    from cryptography.hazmat.primitives import serialization as ser
+
+    public = _private_key(private_pem).public_key()
+    pem: bytes = public.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
+    return pem.decode()
+
+
+class Invite(NamedTuple):
+    """What an app needs to find and trust a server.  `port` 1-65535, the rest text."""
+
+    host: str
+    port: int
+    token: str
+    name: str
+    fingerprint: str
+    securityProfile: str = PROFILES[0]
+
+
+def signing_input(envelope: Json) -> str:
+    """The 13 lines an app 1.0 invite signs.  Raises ValueError for a control character in a value."""
+    pairs = [(name, envelope[name]) for name in ("v", "alg", "kid", "iat", "exp", "nonce", "publicKey")]
+    pairs += [(name, envelope["payload"][name]) for name in INVITE_FIELDS]
+    lines = [f"{name}={value}" for name, value in pairs]
+    if any(ord(char) < 32 or ord(char) == 127 for line in lines for char in line):
+        raise ValueError("control character in an invite")
+    return "\n".join(lines)
+
+
+def signed_invite(invite: Invite, private_pem: str, key_id: str, now: int, max_age_s: int, nonce: str) -> Json:
+    """The v2 envelope of app 1.0; `now` in ms.  The QR code holds its JSON."""
+    key, iat = _private_key(private_pem), now // 1000
+    envelope: Json = {
+        "v": 2, "alg": "Ed25519", "kid": key_id, "iat": iat, "exp": iat + max_age_s, "nonce": nonce,
+        "publicKey": b64u(public_raw(public_pem(private_pem))), "payload": invite._asdict(),
+    }
+    envelope["sig"] = b64u(key.sign(signing_input(envelope).encode()))
+    return envelope
+
+
+def pairing_invite(invite: Invite, scheme: str = "http", pin: str = "") -> Json:
+    """The v3 payload of app 1.1; `pin` is the TLS certificate's fingerprint, if there is one."""
+    payload: Json = {"v": 3, "host": invite.host, "port": invite.port, "scheme": scheme, "token": ""}
+    payload.update({"pairingToken": invite.token, "name": invite.name})
+    if pin:
+        payload["tlsCertFingerprint"] = pin
+    payload["fingerprint"] = invite.fingerprint
+    return payload
+
+
+def invite_link(invite: Json) -> str:
+    """The `oppi://connect` deep link of either kind of invite."""
+    return f"oppi://connect?v={invite['v']}&invite={b64u(encode(invite))}"
+
+
+class Access:
+    """Who may talk to the server: the owner token, devices, and invites that become devices.
+
+    Plain data in `state` ({devices: [...], invites: [...]}), no files.  Every method that changes
+    it returns what it did; the caller stores it.  Times are ms.
+    """
+
+    def __init__(self, state: Json, owner: str = "", moved: Sequence[str] = ()) -> None:
+        self.state, self.owner = state, owner
+        self.moved = {token_hash(token): token for token in moved}
+
+    @property
+    def devices(self) -> list[Json]:
+        found: list[Json] = self.state.setdefault("devices", [])
+        return found
+
+    @property
+    def invites(self) -> list[Json]:
+        found: list[Json] = self.state.setdefault("invites", [])
+        return found
+
+    def invite(self, kind: str, token: str, expires: int, name: str) -> None:
+        """Remember the secret of a fresh invite of `kind` v2 or v3."""
+        self.invites.append({"hash": token_hash(token), "kind": kind, "expiresAt": expires, "failures": 0, "name": name})
+
+    def add(self, name: str, token: str, kind: str, now: int) -> Json:
+        """Make a device that is known by `token`."""
+        device = {"id": new_id(), "name": name, "kind": kind, "hash": token_hash(token), "createdAt": now, "lastUsedAt": now}
+        self.devices.append(device)
+        return device
+
+    def who(self, token: str, now: int) -> tuple[str, bool]:
+        """(id of the principal that presents `token` or "", whether the state changed).
+
+        An app 1.0 invite becomes a device here, with its first authenticated request.
+        All hashes are compared, so that the time taken tells nothing.
+        """
+        presented, found, changed = token_hash(token), "", self.expire(now)
+        for device in self.devices:
+            if same_secret(device["hash"], presented):
+                found = device["id"]
+        for invite in [i for i in self.invites if i["kind"] == "v2"]:
+            if same_secret(invite["hash"], presented):
+                self.invites.remove(invite)
+                found, changed = self.add(invite["name"], token, "v2", now)["id"], True
+        for key in self.moved:
+            if same_secret(key, presented):
+                found = "moved:" + key[-12:]
+        if self.owner and same_secret(self.owner, token):
+            found = self.owner_name()
+        return found, changed
+
+    def owner_name(self) -> str:
+        """Principal of the owner token; another one after each rotation."""
+        return "owner:" + token_hash(self.owner)[-12:] if self.owner else ""
+
+    def principals(self) -> set[str]:
+        """Everyone whose token is valid now."""
+        return {d["id"] for d in self.devices} | {"moved:" + key[-12:] for key in self.moved} | {self.owner_name()}
+
+    def redeem(self, token: str, now: int) -> str:
+        """The device token a pairing token is exchanged for, or "" if it is wrong, used or too old."""
+        self.expire(now)
+        presented, match = token_hash(token), None
+        for invite in self.invites:
+            if invite["kind"] == "v3" and same_secret(invite["hash"], presented):
+                match = invite
+        if match is None:
+            self._wrong_try()
+            return ""
+        self.invites.remove(match)
+        device_token = new_token("dt")
+        self.add(match["name"], device_token, "v3", now)
+        return device_token
+
+    def _wrong_try(self) -> None:
+        for invite in self.invites:
+            invite["failures"] += invite["kind"] == "v3"
+        self.state["invites"] = [i for i in self.invites if i["failures"] < WRONG_TRIES]
+
+    def expire(self, now: int) -> bool:
+        """Drop invites past their time; whether there were any."""
+        fresh = [i for i in self.invites if i["expiresAt"] > now]
+        changed = len(fresh) != len(self.invites)
+        self.state["invites"] = fresh
+        return changed
+
+    def revoke(self, name: str) -> list[str]:
+        """Remove the devices with this name or id; their ids."""
+        gone = [d["id"] for d in self.devices if name in (d["name"], d["id"])]
+        self.state["devices"] = [d for d in self.devices if d["id"] not in gone]
+        return gone
+
+
+class PairingLimit:
+    """At most WRONG_TRIES failures of one address in PAIR_WINDOW_S, else blocked for PAIR_BLOCK_S.  Times are s."""
+
+    def __init__(self) -> None:
+        self.failures: OrderedDict[str, list[float]] = OrderedDict()
+
+    def blocked(self, peer: str, now: float) -> bool:
+        times = self.failures.get(peer, [])
+        return len(times) >= WRONG_TRIES and now < times[-1] + PAIR_BLOCK_S
+
+    def failed(self, peer: str, now: float) -> None:
+        recent = [t for t in self.failures.pop(peer, []) if t > now - PAIR_WINDOW_S]
+        self.failures[peer] = recent + [now]
+        while len(self.failures) > 1000:  # a flood from many addresses must not grow memory
+            self.failures.popitem(last=False)
+
+    def cleared(self, peer: str) -> None:
+        self.failures.pop(peer, None)
+
+
+# ════════════════════════════════════ 4. Shell grammar ═══════════════════════════════════
+# Recognise a bash command, or say that it is not recognised.  Never best effort: whatever is not
+# certain to mean the same to bash as it does here (expansions, substitutions, globs, keywords,
+# groups, background jobs, heredocs, assignments, escapes) gives None, and None is never allowed
+# without a person's answer.
+
+
+class Command(NamedTuple):
+    """One simple command: its words without quotes, the files it is redirected to and from."""
+
+    words: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    piped: bool = False  # its standard input is a pipe
+
+
+COMMAND_LIMIT = 10_000  # characters; longer is not recognised
+SHELL_TOKEN = (
+    r"(?P<space>[ \t]+)"
+    r"|(?P<operator>&&|\|\||;|\n|\|(?!&))"
+    r"|(?P<duplicate>[12]?>&[12](?![\w]))"
+    r"|(?P<write>[12]?>>?(?![&|]))"
+    r"|(?P<read><(?![<(&>]))"
+    r"""|(?P<word>(?:[A-Za-z0-9_@%+=:,./~^-]|'[^']*'|"[^"$`\\!]*")+)"""
+)
+KEYWORDS = frozenset(
+    "if then else elif fi for while until do done case esac select function time coproc in [[ ! { }".split()
+)
+
+
+def _word(raw: str) -> str:
+    """A word without its quotes.  Only quotes without any expansion inside get here."""
+    return re.sub(r"'([^']*)'|\"([^\"]*)\"", lambda m: m.group(1) if m.group(1) is not None else m.group(2), raw)
+
+
+def _tokens(text: str) -> list[tuple[str, str]] | None:
+    token_at, tokens, position = re.compile(SHELL_TOKEN), [], 0
+    while position < len(text):
+        match = token_at.match(text, position)
+        if match is None:
+            return None
+        tokens.append((match.lastgroup or "", match.group()))
+        position = match.end()
+    return [token for token in tokens if token[0] not in ("space", "duplicate")]
+
+
+def _recognisable(words: list[str]) -> bool:
+    """Whether the raw words of a simple command mean to bash what they say."""
+    if any(word.startswith("~") and not re.match(r"~(/|$)", word) or "=~" in word or ":~" in word for word in words):
+        return False
+    return bool(words) and words[0] not in KEYWORDS and not re.match(r"\w+\+?=", words[0])
+
+
+def parse_shell(text: str) -> list[Command] | None:
+    """The simple commands of `text` in order, or None when it is not recognised."""
+    tokens = _tokens(text.strip()) if len(text) <= COMMAND_LIMIT else None
+    if not tokens:
+        return None
+    commands: list[Command] = []
+    words: list[str] = []
+    files: dict[str, list[str]] = {"write": [], "read": []}
+    expect, previous = "", "\n"
+    for kind, value in [*tokens, ("operator", "\n")]:
+        if kind == "word":
+            (files[expect] if expect else words).append(value)
+            expect = ""
+        elif kind in files or expect:
+            if expect:
+                return None
+            expect = kind
+        else:
+            if words and _recognisable(words + files["write"] + files["read"]):
+                writes = tuple(path for path in map(_word, files["write"]) if path != "/dev/null")
+                commands.append(Command(tuple(map(_word, words)), writes, tuple(map(_word, files["read"])), previous == "|"))
+            elif words or any(files.values()) or value != "\n" or previous not in ("\n", ";"):
+                return None
+            words, files, previous = [], {"write": [], "read": []}, value
+    return commands
+
+
+# ════════════════════════════════════════ 5. Policy ══════════════════════════════════════
+# Tool call in, verdict out; pure.  A call is broken into actions (run this, read that path, write
+# that path).  The layers below are asked in order and the first that has an opinion decides; inside
+# a layer, and between the actions of one call, the strictest opinion wins, so that a harmless
+# command never covers for its neighbour.  A call that is not recognised is asked about, at least.
+# Must never: allow because something failed, let a stored rule win over a hard deny, or widen an
+# approval beyond the text that was displayed.
+
+ACTIONS = ("allow", "ask", "deny")  # weakest first
+RISKS = ("low", "medium", "high", "critical")
+SCOPES = ("once", "session", "workspace", "global")
+MAX_EXPIRY_MS = 365 * 86_400_000
+
+
+class Call(NamedTuple):
+    """What the gate asks about.  `input` is the tool's arguments as the tool will see them."""
+
+    tool: str
+    input: Json
+
+
+class Context(NamedTuple):
+    """Everything a verdict depends on besides the call.  Paths are absolute."""
+
+    session_id: str
+    workspace_id: str
+    preset: str = ""  # one of PRESETS; "" = a workspace without one, ruled by `fallback`
+    fallback: str = "allow"
+    rules: Sequence[Json] = ()
+    home: str = "/"
+    cwd: str = "/"
+    allowed_paths: tuple[tuple[str, str], ...] = ()  # (root, read or readwrite)
+    allowed_executables: tuple[str, ...] = ()
+    data_dir: str = "/nonexistent"
+    agent_dir: str = "/nonexistent"
+    now: int = 0
+    real_path: Callable[[str], str] = str  # resolves symlinks; given by the I/O half
+    rules_broken: bool = False  # the rules file could not be read: ask about everything
+
+
+class Verdict(NamedTuple):
+    """`layer` names what decided; `exact` is the text an "always" would store, "" if it may not."""
+
+    action: str
+    risk: str
+    reason: str
+    layer: str
+    rule_id: str = ""
+
+
+class Action(NamedTuple):
+    """One thing a call does: verb run (words), read or write (path), or tool (anything else)."""
+
+    verb: str
+    words: tuple[str, ...] = ()
+    path: str = ""  # absolute and normalised, symlinks not resolved
+    piped: bool = False
+    plain: bool = True  # the program is found on PATH or in a system directory, and got no options of git's own
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words) if self.verb == "run" else self.path
+
+
+class Preset(NamedTuple):
+    default: str
+    bounded: bool  # whether read-only commands and paths inside the workspace are allowed by themselves
+    summary: str
+
+
+PRESETS = {
+    "host": Preset("allow", False, "Developer Trust: everyday work runs, risky actions ask."),
+    "host_standard": Preset("ask", True, "approval-first: only read-only work inside the workspace runs by itself."),
+    "host_locked": Preset("deny", True, "Locked: unknown actions are blocked."),
+    "container": Preset("allow", False, "Container: the agent is free inside its own machine, risky actions ask."),
+}
+FILE_TOOLS = {"read": "read", "ls": "read", "find": "read", "grep": "read", "write": "write", "edit": "write"}
+READERS = frozenset("cat head tail grep rg wc diff tree jq sort uniq cut stat file ls cd echo pwd true false :".split())
+HELPERS = frozenset("cd echo pwd true false :".split())
+GIT_READS = frozenset("status log diff show branch blame rev-parse".split())
+WRITING_OPTIONS = r"-o.*|--output.*|--pre.*|--ext-diff|--no-index|--textconv|-[dDmMcC]|--delete|--open-files.*|-O.*"
+GIT_VALUES = frozenset("-C -c --git-dir --work-tree --namespace --super-prefix --config-env".split())
+WRAPPERS = frozenset("command builtin nohup setsid".split())  # run the rest of their words as it is
+OPAQUE = frozenset(
+    "eval source . exec xargs parallel env nice timeout stdbuf time watch script find-exec ssh-keygen".split()
+)
+SHELLS = frozenset("sh bash zsh dash ksh fish".split())
+INTERPRETERS = SHELLS | frozenset("python python2 python3 node deno bun ruby perl php osascript lua Rscript".split())
+TRUSTED = ("", "/bin", "/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
+PRIVILEGE = frozenset("sudo doas su pkexec".split())
+SYSTEM_ROOTS = tuple("/etc /usr /bin /sbin /lib /lib64 /boot /System /Library /dev /proc /sys /var/db /private/etc".split())
+START_FILES = frozenset(
+    ".bashrc .bash_profile .bash_login .profile .zshrc .zprofile .zshenv .zlogin .gitconfig .config/fish/config.fish".split()
+)
+SECRET_DIRS = r"(?i)/\.(ssh|aws|gnupg|docker|kube|azure)(/|$)|/\.config/(gh|gcloud)(/|$)|/Library/Keychains(/|$)"
+SECRET_FILES = r"(?i)/(\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json)$|^/proc/[^/]+/environ$"
+DATA_SECRETS = r"/(config\.json|devices\.json|identity_ed25519|apns\.json)$"
+FORK_BOMB = r"(\S+)\s*\(\)\s*\{[^}]*\1\s*\|\s*\1\s*&"
+DATA_FLAGS = (
+    r"-[A-Za-z]*[dFT].*|--(data|form|json|upload-file|post-|body-|method|config).*|-K.*|-X.*|--request.*|-u.*|--user.*"
+)
+SAFE_METHODS = r"(?i)(-X|--request=?|--method=?) ?(GET|HEAD)"
+LOOPBACK = r"(?i)(https?://)?(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?(/.*)?$"
+
+
+class Ask(NamedTuple):
+    """A row of the preset table: commands (as normalised text) that a person must see."""
+
+    pattern: str
+    risk: str
+    reason: str
+    presets: tuple[str, ...] = ()  # () = all
+
+
+ASKS = (
+    Ask(r"rm\b.* (-[a-zA-Z]*[rRf]|--recursive|--force)", "high", "Recursive or forced delete"),
+    Ask(r"git reset\b.* --hard", "high", "Discards local changes"),
+    Ask(r"git clean\b.* (-[a-zA-Z]*[fxdX]|--force)", "high", "Deletes untracked files"),
+    Ask(r"git push\b", "medium", "Git push"),
+    Ask(r"git remote (add|set-url)\b", "medium", "Changes a git remote", ("container",)),
+    Ask(r"(npm|pnpm|yarn|bun|cargo|poetry|uv|gem|mvn|gradle) (publish|push|deploy)\b|twine upload\b", "high", "Publishes"),
+    Ask(r"npx .*publish|pip .*upload", "high", "Publishes", ("container",)),
+    Ask(r"(ssh|scp|sftp|mosh|telnet|nc|ncat|netcat|socat|ftp)\b", "high", "Remote shell or raw network"),
+    Ask(r"openssl s_(client|server)\b", "high", "Raw network connection"),
+    Ask(r"rsync\b", "medium", "Copies to or from elsewhere", ("container",)),
+    Ask(r"(gh|glab) \S+ (create|merge|delete|edit|close|comment|upload|fork)\b", "medium", "Acts on the forge"),
+    Ask(r"(aws|gcloud|gsutil|az|kubectl|docker push|podman push|terraform|fly|vercel|netlify|heroku)\b", "medium", "Cloud"),
+    Ask(r"(crontab|launchctl|systemctl|at|batch)\b", "high", "Changes what runs by itself"),
+    Ask(r"(pi|oppi|claude|codex)\b", "high", "Starts another agent, or changes this server"),
+    Ask(r"(env|printenv|export|set|declare)$", "medium", "Prints the whole environment"),
+    Ask(r"(shutdown|reboot|halt|poweroff|killall|pkill)\b", "high", "Stops processes or the machine"),
+)
+
+
+def absolute(path: str, ctx: Context) -> str:
+    """`path` as the tool will see it: `~` and the working directory applied, `.` and `..` removed."""
+    import posixpath
+
+    if path == "~" or path.startswith("~/"):
+        path = ctx.home + path[1:]
+    return posixpath.normpath(posixpath.join(ctx.cwd, path))
+
+
+def inside(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def base_name(word: str) -> str:
+    return word.rsplit("/", 1)[-1]
+
+
+def normal_words(words: Sequence[str]) -> tuple[str, ...]:
+    """Words as the tables know them: wrappers gone, program by its base name, git's own options gone."""
+    words = list(words)
+    while len(words) > 1 and base_name(words[0]) in WRAPPERS and not words[1].startswith("-"):
+        words = words[1:]
+    words[0] = base_name(words[0])
+    if words[0] == "git":
+        while len(words) > 1 and words[1].startswith("-"):
+            del words[1 : 3 if words[1] in GIT_VALUES else 2]
+    return tuple(words)
+
+
+def actions_of(call: Call, ctx: Context) -> list[Action] | None:
+    """What a call does, or None when that is not certain."""
+    tool = call.tool.lower()
+    verb = FILE_TOOLS.get(tool)
+    if verb:
+        path = call.input.get("path", "." if tool in ("ls", "find", "grep") else None)
+        return [Action(verb, path=absolute(path, ctx))] if isinstance(path, str) and path and "\0" not in path else None
+    if tool != "bash":
+        return [Action("tool", (call.tool,))]
+    command = call.input.get("command")
+    parsed = parse_shell(command) if isinstance(command, str) else None
+    if parsed is None:
+        return None
+    actions: list[Action] = []
+    for item in parsed:
+        words = normal_words(item.words)
+        if _opaque(words):
+            return None
+        plain = item.words[0].rpartition("/")[0] in TRUSTED and not (words[0] == "git" and item.words[1:2] != words[1:2])
+        actions.append(Action("run", words, piped=item.piped, plain=plain))
+        actions += [Action("write", path=absolute(path, ctx)) for path in item.writes]
+        actions += [Action("read", path=absolute(path, ctx)) for path in item.reads]
+    return actions
+
+
+def _opaque(words: tuple[str, ...]) -> bool:
+    """Whether a recognised command hides another one that is not looked into."""
+    options = words[1:]
+    if words[0] in OPAQUE and not (words[0] == "env" and not options):
+        return True
+    if words[0] == "find":
+        return any(re.match(r"-(exec|ok|delete|fprint|fls)", word) for word in options)
+    return words[0] in SHELLS and any(re.match(r"-[a-z]*c", word) for word in options)
+
+
+def _paths(action: Action, ctx: Context) -> list[str]:
+    """Every path an action may touch, lexical and with symlinks resolved."""
+    if action.verb != "run":
+        return [action.path, ctx.real_path(action.path)] if action.path else []
+    found = []
+    for word in action.words[1:]:
+        for part in {word, word.partition("=")[2], word.lstrip("@"), re.sub(r"^-+\w", "", word)} - {""}:
+            if "\0" not in part and len(part) < 4096:
+                path = absolute(part, ctx)
+                found += [path, ctx.real_path(path)]
+    return found
+
+
+def _secret(path: str, ctx: Context) -> bool:
+    if inside(path, ctx.data_dir) and re.search(DATA_SECRETS, path):
+        return True
+    return bool(re.search(SECRET_DIRS, path) or re.search(SECRET_FILES, path))
+
+
+def _wide(path: str, ctx: Context) -> bool:
+    """Whether deleting or changing everything below `path` is a catastrophe."""
+    return path in ("/", ctx.home) or inside(ctx.home, path) or path in SYSTEM_ROOTS or path.count("/") == 1
+
+
+def _hard(action: Action, ctx: Context) -> str:
+    """Why an action is never allowed, or ""."""
+    paths = _paths(action, ctx)
+    if any(_secret(path, ctx) for path in paths):
+        return "Blocked access to secret credential files"
+    if action.verb == "write" and any(inside(path, root) for path in paths for root in SYSTEM_ROOTS):
+        return "Blocked write to system files"
+    if action.verb != "run":
+        return ""
+    name, text = action.words[0], action.text
+    if name in PRIVILEGE:
+        return "Blocked privilege escalation"
+    if name == "printenv" and re.search(r"(KEY|SECRET|TOKEN|PASSWORD)", text, re.I):
+        return "Blocked access to secrets in the environment"
+    recursive = re.search(r" (-[a-zA-Z]*[rR]|--recursive)", text)
+    if name in ("rm", "chmod", "chown", "chgrp") and recursive and any(_wide(path, ctx) for path in paths):
+        return "Blocked catastrophic change"
+    if name.startswith("mkfs") or (name == "dd" and any(inside(path, "/dev") for path in paths)):
+        return "Blocked disk overwrite"
+    return ""
+
+
+def _protected(action: Action, ctx: Context) -> str:
+    """Why an action that changes what guards the agent must always be asked about, or ""."""
+    if action.verb == "read" or (action.verb == "run" and action.words[0] in READERS):
+        return ""
+    for path in _paths(action, ctx):
+        if inside(path, ctx.data_dir) or inside(path, ctx.agent_dir):
+            return f"Modifying {base_name(path)} requires approval"
+        if inside(path, ctx.home) and path[len(ctx.home) + 1 :] in START_FILES:
+            return f"Modifying {base_name(path)} changes what every new shell runs"
+        if re.search(r"/\.git/(hooks(/|$)|config$)|/LaunchAgents(/|$)|/fetch/allowed_domains\.txt$", path):
+            return f"Modifying {base_name(path)} changes what runs by itself"
+    return ""
+
+
+def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
+    """(risk, reason) of a pattern that leaks data or runs code from elsewhere, or ("", "")."""
+    if action.verb != "run":
+        return "", ""
+    name, options = action.words[0], action.words[1:]
+    if name in INTERPRETERS and (action.piped or (name in SHELLS and not options)):
+        return "high", "Pipe to shell (arbitrary code execution)"
+    if name in ("curl", "wget", "http", "https", "xh"):
+        text = " ".join(options)
+        urls = [word for word in options if "://" in word or re.match(LOOPBACK, word)]
+        sends = any(re.match(DATA_FLAGS, word) for word in options) and not re.search(SAFE_METHODS, text)
+        if sends and not (urls and all(re.match(LOOPBACK, url) for url in urls) and not ctx.preset):
+            return "medium", "Outbound data transfer"
+    return "", ""
+
+
+def _bounded(action: Action, ctx: Context) -> bool:
+    """Whether an action only reads, or writes inside the roots, by symlink-free paths."""
+    roots = [(ctx.cwd, "readwrite"), (ctx.home + "/.pi", "read"), *ctx.allowed_paths]
+
+    def within(path: str, write: bool) -> bool:
+        real = ctx.real_path(path)
+        return any(inside(real, ctx.real_path(root)) and (not write or access == "readwrite") for root, access in roots)
+
+    if action.verb == "tool":
+        return False
+    if action.verb != "run":
+        return within(action.path, action.verb == "write")
+    name, options = action.words[0] if action.plain else "", action.words[1:]
+    if name == "git":
+        options = options[1:] if options[:1] and options[0] in GIT_READS else ("--pre",)
+    elif name not in READERS:
+        return False
+    if any(re.match(WRITING_OPTIONS, word) for word in options) and name not in HELPERS:
+        return False
+    if name == "uniq" and len([word for word in options if not word.startswith("-")]) > 1:
+        return False
+    return name == "echo" or all(within(absolute(word, ctx), False) for word in options if not word.startswith("-"))
+
+
+def glob_match(pattern: str, text: str) -> bool:
+    """File glob: `**` crosses `/`, `*` and `?` do not, everything else is literal."""
+    parts = re.split(r"(\*\*/?|\*|\?)", pattern)
+    known = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    return re.fullmatch("".join(known.get(part, re.escape(part)) for part in parts), text, re.S) is not None
+
+
+def text_match(pattern: str, text: str) -> bool:
+    """Command pattern: `*` is any text, everything else literal, and all of the text must match."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.S) is not None
+
+
+def rule_view(rule: Json) -> Json:
+    """A stored rule of either generation in both vocabularies: what the API serves and the matcher reads.
+
+    A rule of the original 1.0 (`effect`, `match`) is converted field by field; what this engine
+    cannot express (`domain`, an unknown effect) becomes a rule that asks, never one that allows.
+    """
+    match = obj(rule.get("match"))
+    decision = {"block": "deny"}.get(str(rule.get("decision") or rule.get("effect")), rule.get("decision") or rule.get("effect"))
+    if decision not in ACTIONS or match.get("domain") or ("effect" in rule and not match and not rule.get("tool")):
+        decision = "deny" if decision == "deny" else "ask"
+    pattern = rule.get("pattern") or match.get("commandPattern") or match.get("pathPattern")
+    executable = rule.get("executable") or match.get("executable")
+    tool = rule.get("tool") or ("bash" if executable or match.get("commandPattern") else "*")
+    label = str(rule.get("label") or rule.get("description") or pattern or executable or f"Any {tool} call")
+    risk = rule.get("risk") if rule.get("risk") in RISKS else "medium"
+    view = {**rule, "id": str(rule.get("id") or ""), "decision": decision, "effect": decision, "tool": tool, "label": label}
+    view.update(description=label, risk=risk, scope=rule.get("scope") if rule.get("scope") in SCOPES else "global")
+    view.update(source=rule.get("source") or "learned", createdAt=rule.get("createdAt") or 0)
+    view["match"] = {k: v for k, v in match.items() if isinstance(v, str)} or {
+        k: v for k, v in (("executable", executable), ("commandPattern", pattern)) if v
+    }
+    view.update({k: v for k, v in (("pattern", pattern), ("executable", executable)) if v})
+    return view
+
+
+def rule_applies(rule: Json, ctx: Context) -> bool:
+    """Whether a rule (in `rule_view` form) is in force for this session now."""
+    bound = {"session": ("sessionId", ctx.session_id), "workspace": ("workspaceId", ctx.workspace_id)}
+    name, value = bound.get(rule["scope"], ("", ""))
+    expires = rule.get("expiresAt")
+    return (not name or rule.get(name) == value) and not (isinstance(expires, (int, float)) and expires < ctx.now)
+
+
+def rule_matches(rule: Json, call: Call, action: Action) -> bool:
+    """Whether a rule without `exact` covers one action.  A deny pattern also covers what extends it."""
+    if rule.get("exact") or rule["tool"] not in ("*", call.tool):
+        return False
+    if rule.get("executable") and (action.verb != "run" or base_name(rule["executable"]) != action.words[0]):
+        return False
+    pattern = rule.get("pattern")
+    if not pattern:
+        return True
+    if action.verb == "run":
+        extended = rule["decision"] != "allow" and action.text.startswith(pattern.strip() + " ")
+        return extended or text_match(pattern.strip(), action.text)
+    return glob_match(pattern, action.path) if action.path else text_match(pattern, dumps(call.input))
+
+
+def exact_text(call: Call, ctx: Context) -> str:
+    """The text that identifies a call for "always": the command, the path, or the whole input."""
+    if call.tool == "bash":
+        return str(call.input.get("command", "")).strip()
+    path = call.input.get("path")
+    return absolute(path, ctx) if call.tool in FILE_TOOLS and isinstance(path, str) else dumps(call.input)
+
+
+def _strictest(verdicts: Iterable[Verdict]) -> Verdict | None:
+    found = None
+    for verdict in verdicts:
+        rank = (ACTIONS.index(verdict.action), RISKS.index(verdict.risk))
+        if found is None or rank > (ACTIONS.index(found.action), RISKS.index(found.risk)):
+            found = verdict
+    return found
+
+
+def _stored(call: Call, actions: Sequence[Action], rules: Sequence[Json], decisions: tuple[str, ...]) -> list[Verdict]:
+    names = {"session": "session_rule", "workspace": "workspace_rule"}
+    return [
+        Verdict(r["decision"], r["risk"], r["label"], names.get(r["scope"], "global_rule"), r["id"])
+        for r in rules
+        for a in actions
+        if r["decision"] in decisions and rule_matches(r, call, a)
+    ]
+
+
+def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Verdict:
+    """The verdict on one recognised action, below the layers that judge a call as a whole."""
+    preset = PRESETS.get(ctx.preset)
+    risk, reason = _heuristic(action, ctx)
+    if reason:
+        return Verdict("ask", risk, reason, "heuristic")
+    asks = [a for a in ASKS if action.verb == "run" and re.match(a.pattern, action.text)]
+    listed = _strictest(Verdict("ask", a.risk, a.reason, "rule") for a in asks if not a.presets or ctx.preset in a.presets)
+    stored = _strictest(_stored(call, [action], rules, ("ask", "allow")))
+    if stored and not (listed and listed.risk == "high" and stored.action == "allow"):
+        return stored
+    if listed:
+        return listed
+    default = preset.default if preset else ctx.fallback
+    if (preset.bounded if preset else ctx.fallback != "allow") and _bounded(action, ctx):
+        return Verdict("allow", "low", "Read-only, or within the workspace", "rule")
+    if action.verb == "run" and action.plain and action.words[0] in ctx.allowed_executables and default != "deny":
+        return Verdict("allow", "low", f"Workspace allowlist: {action.words[0]}", "rule")
+    if default == "deny" and action.verb in ("run", "read", "write"):
+        return Verdict("ask", "medium" if action.verb == "read" else "high", "Outside the locked workspace", "rule")
+    risk = {"allow": "low", "ask": "medium", "deny": "high"}[default]
+    return Verdict(default, risk, f"No matching rule — using default {default}", "default")
+
+
+def evaluate(call: Call, ctx: Context) -> Verdict:
+    """The verdict on a call.  Layers in order: hard denies, stored denies, self-protection, exact
+    approvals, what is not recognised, and then the strictest opinion on the single actions."""
+    actions = actions_of(call, ctx)
+    rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
+    text = exact_text(call, ctx)
+    whole = [Action("run", (text or "?",))] if actions is None else actions
+    for action in actions or ():
+        if reason := _hard(action, ctx):
+            return Verdict("deny", "critical", reason, "hard_deny")
+    if call.tool == "bash" and re.search(FORK_BOMB, text):
+        return Verdict("deny", "critical", "Blocked fork bomb", "hard_deny")
+    exact = [r for r in rules if r.get("exact") == text and r["tool"] == call.tool]
+    denied = [Verdict("deny", r["risk"], r["label"], "learned_deny", r["id"]) for r in exact if r["decision"] == "deny"]
+    denied += [v._replace(layer="learned_deny") for v in _stored(call, whole, rules, ("deny",))]
+    if denied:
+        return denied[0]
+    if ctx.rules_broken:
+        return Verdict("ask", "high", "The rules file cannot be read, so everything is asked", "rule")
+    if call.tool.startswith("policy."):
+        return Verdict("ask", "high", "Policy changes always require approval", "rule")
+    for action in whole:
+        if reason := _protected(action, ctx):
+            return Verdict("ask", "high", reason, "rule")
+    for rule in exact:
+        if rule["decision"] == "allow":
+            return Verdict("allow", "low", rule["label"], "exact_approval", rule["id"])
+    if actions is None:
+        return Verdict("ask", "high", "Not recognised as a simple command", "rule")
+    return _strictest(_one(call, action, rules, ctx) for action in actions) or Verdict("ask", "high", "Empty", "default")
+
+
+def display_summary(call: Call) -> str:
+    """The line a phone shows for a call, in full, with what cannot be seen made visible."""
+    given = call.input
+    if call.tool == "bash":
+        text = str(given.get("command") or "bash (unknown command)")
+    elif call.tool in ("read", "write", "edit"):
+        text = f"{call.tool.capitalize()} {given.get('path') or 'unknown file'}"
+    elif call.tool == "grep":
+        text = f'Grep for "{given.get("pattern") or "?"}"'
+    elif call.tool in ("find", "ls"):
+        text = f"{'Find in' if call.tool == 'find' else 'List'} {given.get('path') or '.'}"
+    else:
+        text = f"{call.tool}({dumps(given)[:100]})"
+    return visible(text)
+
+
+def resolution_options(call: Call, verdict: Verdict, ctx: Context) -> Json:
+    """Which answers besides "once" the phone may offer, and the exact text they would store."""
+    actions = actions_of(call, ctx)
+    narrow = verdict.risk in ("low", "medium") or (verdict.layer == "rule" and call.tool in ("write", "edit"))
+    always = actions is not None and narrow and not call.tool.startswith("policy.") and not any(
+        _protected(action, ctx) for action in actions
+    )
+    options: Json = {"allowSession": not call.tool.startswith("policy."), "allowAlways": always, "denyAlways": True}
+    if always:
+        options["alwaysDescription"] = f"Always allow exactly: {visible(exact_text(call, ctx))}"
+    return options
+
+
+def settle_scope(action: str, scope: Any, options: Json) -> str:
+    """The scope an answer really gets: what was asked for if it was offered, else `once`."""
+    offered = {
+        ("allow", "session"): options["allowSession"], ("allow", "workspace"): options["allowAlways"],
+        ("allow", "global"): options["allowAlways"], ("deny", "workspace"): options["denyAlways"],
+        ("deny", "global"): options["denyAlways"],
+    }
+    return scope if isinstance(scope, str) and offered.get((action, scope)) else "once"
+
+
+def rule_from_answer(call: Call, ctx: Context, action: str, scope: str, risk: str, expires_in: Any) -> Json:
+    """The rule an answer with a lasting scope stores: this very text, stars literal, nothing wider."""
+    text = exact_text(call, ctx)
+    rule: Json = {"id": new_id(12), "tool": call.tool, "decision": action, "effect": action, "exact": text}
+    rule.update(label=f"{action.capitalize()} exactly: {text}", risk=risk, scope=scope, source="learned", createdAt=ctx.now)
+    rule.update(description=rule["label"], pattern=text, match={"commandPattern": text})
+    if scope == "session":
+        rule["sessionId"] = ctx.session_id
+    if scope == "workspace":
+        rule["workspaceId"] = ctx.workspace_id
+    if isinstance(expires_in, (int, float)) and not isinstance(expires_in, bool) and expires_in > 0:
+        rule["expiresAt"] = ctx.now + min(int(expires_in), MAX_EXPIRY_MS)
+    return rule
+
+
+# ═════════════════════════════════════ 6. Pi protocol ════════════════════════════════════
+# Bytes of pi's stdout become events, events become messages for the phone.  Two pi versions speak
+# here: P73 (0.73, repeats the whole partial message in every delta, twice) and P87 (0.87, deltas
+# only).  So a delta is taken from the front of its line and the rest of the line is skipped without
+# being kept: the cost of a delta does not grow with the answer.  Lines end at \n and nowhere else.
+# Must never: parse what grows, trust `partial`, or let a malformed line end anything but its session.
+
+GATE_TITLE = "oppi-gate"
+GATE_EXTENSION = """\
+// oppi-gate: asks the oppi server, over pi's own stdio, before any tool runs.  No answer means no.
+const ask = (ctx, body) => ctx.ui.input("oppi-gate", JSON.stringify(body), ctx.signal ? { signal: ctx.signal } : {});
+
+export default function (pi) {
+  // Not awaited: pi does not read its stdin yet, and waiting here would end it.
+  pi.on("session_start", (_event, ctx) => { ask(ctx, { hello: 1 }).catch(() => {}); });
+
+  pi.on("tool_call", async (event, ctx) => {
+    let answer = null;
+    try {
+      answer = JSON.parse(await ask(ctx, { tool: event.toolName, toolCallId: event.toolCallId, input: event.input }));
+    } catch {}
+    if (answer && answer.verdict === "allow" && answer.toolCallId === event.toolCallId) return;
+    return { block: true, reason: (answer && answer.reason) || "Not approved: the oppi server gave no valid answer" };
+  });
+}
+"""
+LINE_LIMIT = 256 * 1024 * 1024  # bytes; a longer line ends the session, an image or a history fits many times
+HEAD = 2048  # bytes of an unfinished line after which its front is looked at
+UPDATE = (
+    rb'\{"type":"message_update",(?:"usage":\{(?:[^{}]|\{[^{}]*\})*\},)?"assistantMessageEvent":\{"type":"(\w+)"'
+    rb'(?:,"contentIndex":(\d+),"delta":"([^"\\]*(?:\\.[^"\\]*)*)")?'
+)
+SKIPPED = rb'\{"type":"(?:(turn_end|agent_end)"|message_(start|end)","message":\{"role":"(system|toolResult|custom)")'
+SKIPPED_UPDATES = frozenset((b"text_start", b"text_end", b"thinking_start", b"thinking_end", b"start", b"done"))
+DELTAS = {b"text_delta": "text", b"thinking_delta": "thinking", b"toolcall_delta": "toolcall"}
+TAIL = 24  # bytes kept of a skipped line: enough for P87's `"willRetry":false}`
+
+
+class Delta(NamedTuple):
+    """A piece of an answer: kind text, thinking or toolcall; `block` numbers its content block."""
+
+    kind: str
+    block: int
+    text: str
+
+
+class PiReader:
+    """pi's stdout, as bytes in any pieces, to Deltas and decoded events (Json).
+
+    A line that is not a JSON object becomes {"type": "garbage", "line": <its first 200 characters>}.
+    """
+
+    def __init__(self) -> None:
+        self._line = bytearray()  # front of the unfinished line
+        self._skip: Json | Delta | None = None  # what the line being skipped stands for
+        self._tail = b""
+        self._look_at = HEAD
+        self._update, self._skipped = re.compile(UPDATE), re.compile(SKIPPED)
+
+    def feed(self, chunk: bytes | bytearray, end: int) -> list[Json | Delta]:
+        """Items of the lines that end in chunk[:end].  Raises OverflowError for a line over LINE_LIMIT."""
+        items: list[Json | Delta] = []
+        position = 0
+        while position < end:
+            newline = chunk.find(b"\n", position, end)
+            stop = end if newline < 0 else newline
+            if self._skip is not None:
+                self._tail = (self._tail + chunk[max(position, stop - TAIL) : stop])[-TAIL:]
+            elif self._line or newline < 0:
+                self._keep(chunk, position, stop)
+            else:
+                items += self._whole(chunk, position, stop)
+            if newline >= 0:
+                items += self._finish()
+            position = stop + 1
+        return items
+
+    def _keep(self, chunk: bytes | bytearray, start: int, stop: int) -> None:
+        """Add to the unfinished line, or begin to skip it once its front says that the rest is not needed."""
+        if not self._line and stop - start >= HEAD:
+            self._skip = self._front(chunk, start, stop)
+        if self._skip is None:
+            self._line += chunk[start:stop]
+            if len(self._line) > LINE_LIMIT:
+                raise OverflowError("a line of pi is too long")
+            if len(self._line) >= self._look_at:
+                self._look_at = 2 * len(self._line)
+                self._skip = self._front(self._line, 0, len(self._line))
+        if self._skip is not None:
+            self._tail = bytes(chunk[max(start, stop - TAIL) : stop])
+            self._line = bytearray()
+
+    def _finish(self) -> list[Json | Delta]:
+        """The line has ended: what it stands for, if it was not emitted already."""
+        items: list[Json | Delta] = []
+        if self._skip is not None:
+            items = self._ended(self._skip, self._tail)
+        elif self._line:
+            items = self._whole(self._line, 0, len(self._line))
+        self._line, self._skip, self._tail, self._look_at = bytearray(), None, b"", HEAD
+        return items
+
+    def _whole(self, line: bytes | bytearray, start: int, stop: int) -> list[Json | Delta]:
+        found = self._front(line, start, stop)
+        if found is not None:
+            return self._ended(found, bytes(line[max(start, stop - TAIL) : stop]))
+        text = bytes(line[start:stop]).strip(b"\r")
+        if not text:
+            return []
+        try:
+            event = parse_json(text)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+            event = {"type": "garbage", "line": text[:200].decode("utf-8", "replace")}
+        return [event]
+
+    def _ended(self, item: Json | Delta, tail: bytes) -> list[Json | Delta]:
+        """An item whose line was skipped; nothing for the kinds that mean nothing."""
+        if isinstance(item, Delta) or item["type"] != "agent_end":
+            return [item] if item else []
+        retry = re.search(rb'"willRetry":(true|false)\}\r?$', tail)
+        return [{**item, "willRetry": retry.group(1) == b"true"} if retry else item]
+
+    def _front(self, data: bytes | bytearray, start: int, stop: int) -> Json | Delta | None:
+        """What a line stands for as far as its front says; None when all of it must be parsed."""
+        match = self._update.match(data, start, stop)
+        if match:
+            kind = match.group(1)
+            if match.group(3) is not None and kind in DELTAS:
+                return Delta(DELTAS[kind], int(match.group(2)), json_text(match.group(3)))
+            return {"type": "nothing"} if kind in SKIPPED_UPDATES else None
+        match = self._skipped.match(data, start, stop)
+        if not match:
+            return None
+        name, phase, role = (group and group.decode() for group in match.groups())
+        return {"type": name} if name else {"type": f"message_{phase}", "message": {"role": role}}
+
+
+def json_text(raw: bytes) -> str:
+    """The text of a JSON string's bytes between its quotes; junk is replaced, never an error."""
+    if b"\\" not in raw:
+        return raw.decode("utf-8", "replace")
+    try:
+        return str(json.loads(b'"%s"' % raw, strict=False))
+    except ValueError:
+        return raw.decode("utf-8", "replace")
+
+
+def gate_question(event: Json) -> Json | None:
+    """The gate's question in an extension_ui_request, {} if it is malformed, None if it is another dialog."""
+    if event.get("method") != "input" or event.get("title") != GATE_TITLE:
+        return None
+    try:
+        body = parse_json(event.get("placeholder") or "")
+    except (ValueError, TypeError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def gate_answer(request_id: Any, tool_call_id: Any, verdict: str, reason: str) -> Json:
+    """The line that answers the gate.  Only verdict `allow` with the same call id lets the tool run."""
+    value = dumps({"verdict": verdict, "toolCallId": tool_call_id, "reason": reason})
+    return {"type": "extension_ui_response", "id": request_id, "value": value}
+
+
+def pi_arguments(
+    gate: str,
+    session_dir: str,
+    session_file: str = "",
+    model: str = "",
+    thinking: str = "",
+    skills: Sequence[str] = (),
+    extensions: Sequence[str] = (),
+    prompt_file: str = "",
+    prompt_mode: str = "append",
+    version: tuple[int, ...] = (),
+) -> list[str]:
+    """Arguments of `pi` for one session.  The gate is the last extension: handlers run in order and
+    may change a call, so nothing may come after the one who asks.  `-na` exists from 0.8 on."""
+    arguments = ["--mode", "rpc", "--no-extensions", "--no-skills", "--session-dir", session_dir]
+    for flag, values in (("--skill", skills), ("--extension", extensions), ("--extension", (gate,))):
+        for value in values:
+            arguments += [flag, value]
+    provider, slash, name = model.partition("/")
+    if model:
+        arguments += ["--provider", provider, "--model", name] if slash and provider else ["--model", model]
+    optional = {"--thinking": thinking, "--session": session_file}
+    optional["--system-prompt" if prompt_mode == "replace" else "--append-system-prompt"] = prompt_file
+    for flag, value in optional.items():
+        arguments += [flag, value] if value else []
+    return arguments + (["-na"] if version >= (0, 80) else [])
+
+
+STATE: Json = {"type": "state"}  # placeholder: the session puts its record in
+DURABLE = frozenset(
+    "agent_start agent_end message_end tool_start tool_end stop_requested stop_confirmed stop_failed "
+    "session_ended session_deleted error".split()
+)  # these get a seq and can be caught up
+NOTIFY = DURABLE - {"message_end", "tool_start", "tool_end"} | {
+    "state", "permission_request", "permission_expired", "permission_cancelled",
+}
+ONLY_11 = frozenset("queue_state queue_item_started git_status session_deleted stream_connected".split())
+NOTIFICATIONS = frozenset("notify setStatus setWidget setTitle set_editor_text".split())
+CHUNK = 256 * 1024  # characters of tool output per frame; phones refuse frames over 1 MiB
+MEDIA = {"image": "image/png", "audio": "audio/wav"}
+ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])"  # all but colours (ESC[…m)
+THINKING_LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh")
+TOO_LARGE_TEXT = (
+    "Request too large - the conversation has exceeded the maximum request size. Start a new session to continue."
+)
+
+
+def render(message: Json, dialect: str) -> Json | None:
+    """A message as one app generation spells it, or None if that app has no use for it."""
+    if dialect == "1.1":
+        return message
+    if message["type"] in ONLY_11:
+        return None
+    return {**message, "type": "rpc_result"} if message["type"] == "command_result" else message
+
+
+def block_text(content: Any, separator: str = "") -> str:
+    """The text blocks of a message's content, which may also be a plain string."""
+    if isinstance(content, str):
+        return content
+    blocks = [b for b in arr(content) if isinstance(b, dict)]
+    return separator.join(str(b.get("text", "")) for b in blocks if b.get("type") in ("text", "output_text"))
+
+
+def data_uris(content: Any) -> list[str]:
+    """Image and audio blocks as `data:` URIs."""
+    blocks = [b for b in arr(content) if isinstance(b, dict)]
+    return [
+        f"data:{b.get('mimeType') or MEDIA[b['type']]};base64,{b['data']}"
+        for b in blocks
+        if b.get("type") in MEDIA and isinstance(b.get("data"), str)
+    ]
+
+
+def appended(old: str, new: str) -> str:
+    """What to append to `old` so that the person has seen `new`, whose window may have slid on."""
+    if new.startswith(old):
+        return new[len(old) :]
+    line = new[: new.find("\n") + 1] or new
+    start = old.find(line)
+    while start >= 0:
+        if new.startswith(old[start:]):
+            return new[len(old) - start :]
+        start = old.find(line, start + 1)
+    return "\n[…]\n" + new
+
+
+def pieces(text: str) -> Iterator[str]:
+    return (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
+
+
+class Translator:
+    """pi events to messages (spec stream, section 6), in the 1.1 spelling.  Remembers only what the
+    next event of the same call or message needs."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, str] = {}  # tool call id -> output already sent
+        self.media: dict[str, int] = {}  # tool call id -> media blocks already sent
+        self.thought = False  # thinking of the current message was streamed
+        self.half: dict[str, str] = {}  # kind -> a high surrogate that waits for its other half
+        self.failure = ""  # error of the last answer, told when it is final
+
+    def delta(self, delta: Delta) -> str:
+        """The text of a delta that may be shown now."""
+        text = join_surrogates(self.half.pop(delta.kind, "") + delta.text)
+        if text and "\ud800" <= delta.text[-1:] <= "\udbff":
+            self.half[delta.kind], text = delta.text[-1], text[:-1]
+        self.thought = self.thought or delta.kind == "thinking"
+        return text
+
+    def messages(self, event: Json) -> list[Json]:
+        """What a phone is told about an event; [] for most kinds."""
+        method = getattr(self, "_on_" + str(event["type"]), None)
+        found: list[Json] = method(event) if method else []
+        return found
+
+    def _on_message_start(self, event: Json) -> list[Json]:
+        self.thought, self.half = False, {}
+        return []
+
+    def _on_message_end(self, event: Json) -> list[Json]:
+        message = event.get("message") or {}
+        role, content = message.get("role"), message.get("content")
+        if role == "user":
+            return [{"type": "message_end", "role": "user", "content": block_text(content)}, STATE]
+        if role != "assistant":
+            return [STATE]
+        blocks = [] if self.thought else arr(content)
+        thoughts = [b.get("thinking") for b in blocks if isinstance(b, dict) and b.get("type") == "thinking"]
+        found: list[Json] = [{"type": "thinking_delta", "delta": text} for text in thoughts if isinstance(text, str) and text]
+        if message.get("stopReason") == "error":
+            text = str(message.get("errorMessage") or "The model request failed")
+            self.failure = TOO_LARGE_TEXT if "request_too_large" in text else text
+        return [*found, {"type": "message_end", "role": "assistant", "content": block_text(content)}, STATE]
+
+    def final_failure(self) -> list[Json]:
+        """The error of the last attempt, once it is certain that no other follows."""
+        text, self.failure = self.failure, ""
+        return [{"type": "error", "error": text}] if text else []
+
+    def _on_tool_execution_start(self, event: Json) -> list[Json]:
+        start = {"type": "tool_start", "tool": str(event.get("toolName") or ""), "args": obj(event.get("args"))}
+        return [self._of_call(start, event), STATE]
+
+    def _of_call(self, message: Json, event: Json) -> Json:
+        call = event.get("toolCallId") or event.get("id")
+        return {**message, "toolCallId": call} if isinstance(call, str) and call else message
+
+    def _on_tool_execution_update(self, event: Json) -> list[Json]:
+        return self._output(event, event.get("partialResult"))
+
+    def _output(self, event: Json, result: Any) -> list[Json]:
+        """Text not yet sent, then media not yet sent.  pi's results are cumulative."""
+        call = str(event.get("toolCallId") or event.get("id") or "")
+        content = obj(result).get("content")
+        text = re.sub(ESCAPES, "", block_text(content))
+        outputs = list(pieces(appended(self.shown.get(call, ""), text))) if text else []
+        self.shown[call] = text or self.shown.get(call, "")
+        media = data_uris(content)
+        for uri in media[self.media.get(call, 0) :]:
+            outputs += pieces(uri)
+        self.media[call] = max(len(media), self.media.get(call, 0))
+        return [self._of_call({"type": "tool_output", "output": output}, event) for output in outputs]
+
+    def _on_tool_execution_end(self, event: Json) -> list[Json]:
+        result = event.get("result")
+        found = self._output(event, result)
+        call = str(event.get("toolCallId") or event.get("id") or "")
+        self.shown.pop(call, None)
+        self.media.pop(call, None)
+        end: Json = {"type": "tool_end", "tool": str(event.get("toolName") or "")}
+        if event.get("isError") is True:  # app 1.0 reads it off the output, app 1.1 off the end
+            found.append(self._of_call({"type": "tool_output", "output": "", "isError": True}, event))
+            end["isError"] = True
+        details = tool_details(result)
+        return [*found, self._of_call({**end, "details": details} if details else end, event)]
+
+    def _on_compaction_start(self, event: Json) -> list[Json]:
+        return [{"type": "compaction_start", "reason": str(event.get("reason") or "threshold")}]
+
+    def _on_compaction_end(self, event: Json) -> list[Json]:
+        result = obj(event.get("result"))
+        end = {"type": "compaction_end", "aborted": bool(event.get("aborted")), "willRetry": bool(event.get("willRetry"))}
+        summary, before = result.get("summary"), result.get("tokensBefore")
+        end.update({"summary": summary} if isinstance(summary, str) else {})
+        end.update({"tokensBefore": before} if _is_int(before) else {})
+        failure = event.get("errorMessage")
+        return [end, {"type": "error", "error": failure}] if isinstance(failure, str) and failure else [end]
+
+    _on_auto_compaction_start, _on_auto_compaction_end = _on_compaction_start, _on_compaction_end
+
+    def _on_auto_retry_start(self, event: Json) -> list[Json]:
+        self.failure = ""
+        numbers = {name: whole(event.get(name)) for name in ("attempt", "maxAttempts", "delayMs")}
+        return [{"type": "retry_start", **numbers, "errorMessage": str(event.get("errorMessage") or "retry requested")}]
+
+    def _on_auto_retry_end(self, event: Json) -> list[Json]:
+        end: Json = {"type": "retry_end", "success": event.get("success") is True, "attempt": whole(event.get("attempt"))}
+        final = event.get("finalError")
+        return [{**end, "finalError": final} if isinstance(final, str) else end]
+
+    def _on_extension_ui_request(self, event: Json) -> list[Json]:
+        return [dialog_message(event)]
+
+
+def tool_details(result: Any) -> Json | None:
+    """`details` of a tool's result without the copy of its text, or None if absent or over CHUNK."""
+    details = obj(obj(result).get("details"))
+    if not details:
+        return None
+    truncation = details.get("truncation")
+    if isinstance(truncation, dict):
+        details = {**details, "truncation": {k: v for k, v in truncation.items() if k != "content"}}
+    return details if len(dumps(details)) <= CHUNK else None
+
+
+def dialog_message(event: Json) -> Json:
+    """An extension's dialog or notification for the phone.  pi counts ms, the apps wait seconds."""
+    method = str(event.get("method") or "")
+    texts = {name: event[name] for name in ("title", "message", "placeholder", "prefill") if isinstance(event.get(name), str)}
+    if method in NOTIFICATIONS:
+        names = ("message", "notifyType", "statusKey", "statusText")
+        given = {name: event[name] for name in names if isinstance(event.get(name), str)}
+        return {"type": "extension_ui_notification", "method": method, **given}
+    found: Json = {"type": "extension_ui_request", "id": str(event.get("id") or ""), "method": method, **texts}
+    options = event.get("options")
+    if isinstance(options, list):
+        found["options"] = [str(o.get("label", "")) if isinstance(o, dict) else str(o) for o in options]
+    if isinstance(event.get("timeout"), (int, float)):
+        found["timeout"] = max(1, int(event["timeout"]) // 1000)
+    return found
+
+
+def whole(value: Any) -> int:
+    """A number as the integer the apps insist on; 0 for anything else."""
+    return int(value) if isinstance(value, (int, float)) and abs(value) < 2**53 else 0
+
+
+# What a session's record is told by the events.  The record is the JSON object that is stored and
+# sent; `oppi` inside it is this server's own and never leaves it.
+
+SESSION_FIELDS = (
+    "id workspaceId workspaceName name status createdAt lastActivity model runtime messageCount tokens cost changeStats "
+    "contextTokens contextWindow firstMessage lastMessage thinkingLevel parentSessionId warnings piSessionFile "
+    "piSessionFiles piSessionId"
+).split()
+STATUSES = ("starting", "ready", "busy", "stopping", "stopped", "error")
+CHANGED_FILES = 100  # app 1.1 shows so many; the rest is a number
+NO_TOKENS = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
+
+
+def session_wire(record: Json) -> Json:
+    """A session as the apps decode it: every required field there and of its type, own fields left out."""
+    wire = {name: record[name] for name in SESSION_FIELDS if record.get(name) is not None}
+    tokens = obj(record.get("tokens"))
+    wire["tokens"] = {name: whole(tokens.get(name)) for name in NO_TOKENS}
+    wire["status"] = record["status"] if record.get("status") in STATUSES else "stopped"
+    wire["cost"] = record["cost"] if isinstance(record.get("cost"), (int, float)) else 0
+    for name in ("createdAt", "lastActivity", "messageCount"):
+        wire[name] = whole(record.get(name))
+    wire["contextWindow"] = whole(record.get("contextWindow")) or context_window(str(record.get("model") or ""))
+    if wire.get("thinkingLevel") not in THINKING_LEVELS:
+        wire.pop("thinkingLevel", None)
+    if isinstance(record.get("changeStats"), dict):
+        wire["changeStats"] = {k: v for k, v in record["changeStats"].items() if not k.startswith("_")}
+    return wire
+
+
+def context_window(model: str) -> int:
+    """Tokens a model takes, guessed from its name (`…-128k`), else 200,000."""
+    match = re.search(r"(\d{2,4})k\b", model)
+    return int(match.group(1)) * 1000 if match else 200_000
+
+
+def count_prompt(record: Json, text: str, now: int) -> None:
+    record.update(messageCount=whole(record.get("messageCount")) + 1, lastMessage=text[:100], lastActivity=now)
+    record.setdefault("firstMessage", text[:200])
+
+
+def count_answer(record: Json, message: Json) -> None:
+    """Add a finished message's usage and preview to the record."""
+    if message.get("role") != "assistant":
+        return
+    text = block_text(message.get("content"))
+    if text:
+        record.update(messageCount=whole(record.get("messageCount")) + 1, lastMessage=text[:100])
+    usage = obj(message.get("usage"))
+    used = {name: whole(usage.get(name)) for name in NO_TOKENS}
+    tokens = obj(record.get("tokens"))
+    record["tokens"] = {name: whole(tokens.get(name)) + used[name] for name in NO_TOKENS}
+    total = obj(usage.get("cost")).get("total")
+    record["cost"] = (record.get("cost") or 0) + (total if isinstance(total, (int, float)) else 0)
+    if any(used.values()):
+        record["contextTokens"] = sum(used.values())
+
+
+def lines_of(text: Any) -> int:
+    return text.count("\n") + 1 if isinstance(text, str) and text else 0
+
+
+def count_change(record: Json, tool: str, args: Json, cwd: str) -> None:
+    """Change statistics of an `edit` or `write` call, paths relative to the workspace where they lie in it."""
+    path = args.get("path") or args.get("file_path")
+    if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not path.strip():
+        return
+    path = path.strip()
+    path = path[len(cwd) + 1 :] if inside(path, cwd) and path != cwd else path
+    stats = record.setdefault("changeStats", {})
+    files = stats.setdefault("changedFiles", [])
+    known = path in files
+    if not known and len(files) < CHANGED_FILES:
+        files.append(path)
+    elif not known:
+        stats["changedFilesOverflow"] = whole(stats.get("changedFilesOverflow")) + 1
+    edits = arr(args.get("edits")) or [args]
+    pairs = [(lines_of(e.get("oldText")), lines_of(e.get("newText"))) for e in edits if isinstance(e, dict)]
+    counts = stats.setdefault("_fileLineCounts", {})
+    if tool.lower() == "write":
+        pairs = [(whole(counts.get(path)), lines_of(args.get("content")))]
+        counts[path] = pairs[0][1]
+    for name, change in (("addedLines", 1), ("removedLines", -1)):
+        stats[name] = whole(stats.get(name)) + sum(max(0, change * (new - old)) for old, new in pairs)
+    stats["mutatingToolCalls"] = whole(stats.get("mutatingToolCalls")) + 1
+    stats["filesChanged"] = len(files) + whole(stats.get("changedFilesOverflow"))
+
+
+# ════════════════════════════════════════ 7. Trace ═══════════════════════════════════════
+# pi's session file (JSON lines, a tree by `parentId`) to the trace both apps draw a chat from.
+# Ids keep their form, for the apps cut the suffixes off to find the entry to fork from.
+
+
+def parse_entries(lines: Iterable[bytes]) -> list[Json]:
+    """Entries of a session file.  Broken lines are skipped; a version 1 file gets a chain of ids."""
+    entries: list[Json] = []
+    for line in lines:
+        try:
+            entry = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("type"), str):
+            entries.append(entry)
+    version = next((e.get("version") for e in entries if e["type"] == "session"), None)
+    if version is None:
+        chain = [e for e in entries if e["type"] != "session"]
+        for number, entry in enumerate(chain):
+            entry.setdefault("id", f"v1-{number}")
+            entry.setdefault("parentId", chain[number - 1]["id"] if number else None)
+    return entries
+
+
+def branch(entries: Sequence[Json]) -> list[Json]:
+    """The path from the root to the leaf, which is the last entry.  A cycle or a missing parent ends it."""
+    by_id = {e["id"]: e for e in entries if isinstance(e.get("id"), str) and e["type"] != "session"}
+    node = next((e for e in reversed(entries) if e["type"] != "session" and isinstance(e.get("id"), str)), None)
+    path: list[Json] = []
+    seen: set[str] = set()
+    while node is not None and node["id"] not in seen:
+        seen.add(node["id"])
+        path.append(node)
+        parent = node.get("parentId")
+        node = by_id.get(parent) if isinstance(parent, str) else None
+    return path[::-1]
+
+
+def context_part(path: list[Json]) -> list[Json]:
+    """What the model still sees: the last compaction first, then what it kept, then what followed."""
+    last = next((i for i in reversed(range(len(path))) if path[i]["type"] == "compaction"), None)
+    if last is None:
+        return path
+    first = path[last].get("firstKeptEntryId")
+    kept = next((i for i in range(last) if path[i]["id"] == first), last)
+    return [path[last], *path[kept:last], *path[last + 1 :]]
+
+
+def build_trace(entries: Sequence[Json], view: str = "context") -> list[Json]:
+    """TraceEvents (http-api 2.4) of a session's current branch; view `full` or `context`."""
+    path = branch(entries)
+    events: list[Json] = []
+    for entry in path if view == "full" else context_part(path):
+        for event in _entry_events(entry):
+            event["timestamp"] = _iso(entry.get("timestamp"))
+            events.append(event)
+    return events
+
+
+def _iso(value: Any) -> str:
+    """A time with milliseconds: app 1.0 cannot read one without."""
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?", str(value))
+    return f"{match.group(1)}{((match.group(2) or '.') + '000')[:4]}Z" if match else "1970-01-01T00:00:00.000Z"
+
+
+def _entry_events(entry: Json) -> list[Json]:
+    maker = ENTRY_EVENTS.get(entry["type"])
+    return maker(entry) if maker else []
+
+
+def _message_events(entry: Json) -> list[Json]:
+    message = obj(entry.get("message"))
+    maker = ROLE_EVENTS.get(str(message.get("role")))
+    return maker(str(entry["id"]), message) if maker else []
+
+
+def _shown_text(content: Any) -> str:
+    """Text blocks and media of a message, one per line."""
+    return "\n".join(part for part in (block_text(content, "\n"), *data_uris(content)) if part)
+
+
+def _user_events(entry_id: str, message: Json) -> list[Json]:
+    text = _shown_text(message.get("content"))
+    return [{"id": entry_id, "type": "user", "text": text}] if text else []
+
+
+def _assistant_events(entry_id: str, message: Json) -> list[Json]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"id": entry_id, "type": "assistant", "text": content}] if content else []
+    events: list[Json] = []
+    for number, block in enumerate(b for b in arr(content) if isinstance(b, dict)):
+        kind, text = block.get("type"), str(block.get("text") or "")
+        if kind in ("text", "output_text") and text:
+            events.append({"id": f"{entry_id}-text-{number}", "type": "assistant", "text": text})
+        elif kind == "thinking" and block.get("thinking"):
+            events.append({"id": f"{entry_id}-think-{number}", "type": "thinking", "thinking": str(block["thinking"])})
+        elif kind in ("toolCall", "tool_call"):
+            name = str(block.get("name") or block.get("tool_name") or "")
+            call = {"id": str(block.get("id") or f"{entry_id}-tool-{number}"), "type": "toolCall", "tool": name}
+            events.append({**call, "args": _arguments(block)})
+    return events
+
+
+def _arguments(block: Json) -> Json:
+    if isinstance(block.get("arguments"), dict):
+        return obj(block["arguments"])
+    try:
+        return obj(parse_json(str(block.get("partialJson") or "")))
+    except ValueError:
+        return {}
+
+
+def _result_events(entry_id: str, message: Json) -> list[Json]:
+    event = {"id": f"result-{entry_id}", "type": "toolResult", "output": _shown_text(message.get("content"))}
+    event.update(toolCallId=str(message.get("toolCallId") or ""), toolName=str(message.get("toolName") or ""))
+    details = tool_details(message)
+    return [{**event, "isError": message.get("isError") is True, **({"details": details} if details else {})}]
+
+
+def _bash_events(entry_id: str, message: Json) -> list[Json]:
+    """A command the person ran from the phone or the terminal: shown like a call of the bash tool."""
+    call = {"id": f"{entry_id}-tool-0", "type": "toolCall", "tool": "bash", "args": {"command": str(message.get("command"))}}
+    result = {"id": f"result-{entry_id}", "type": "toolResult", "toolCallId": call["id"], "toolName": "bash"}
+    failed = message.get("exitCode") not in (0, None)
+    return [call, {**result, "output": str(message.get("output") or ""), "isError": failed}]
+
+
+def _text_event(kind: str, text: str, entry: Json) -> list[Json]:
+    return [{"id": str(entry["id"]), "type": kind, "text": text}]
+
+
+def _compaction_events(entry: Json) -> list[Json]:
+    before = entry.get("tokensBefore")
+    tokens = f" ({before} tokens)" if _is_int(before) else ""
+    return _text_event("compaction", f"Context compacted{tokens}: {entry.get('summary') or ''}", entry)
+
+
+def _custom_events(entry: Json) -> list[Json]:
+    text = block_text(entry.get("content"), "\n")
+    return _text_event("system", text, entry) if text and entry.get("display") is not False else []
+
+
+ROLE_EVENTS: dict[str, Callable[[str, Json], list[Json]]] = {
+    "user": _user_events, "assistant": _assistant_events, "toolResult": _result_events, "bashExecution": _bash_events,
+}
+ENTRY_EVENTS: dict[str, Callable[[Json], list[Json]]] = {
+    "message": _message_events,
+    "compaction": _compaction_events,
+    "custom_message": _custom_events,
+    "thinking_level_change": lambda e: _text_event("system", f"Thinking level: {e.get('thinkingLevel')}", e),
+    "model_change": lambda e: _text_event("system", f"Model: {e.get('modelId')}", e),
+    "branch_summary": lambda e: _text_event("system", f"Branch context: {e.get('summary')}", e),
+}
+
+
+# ════════════════════════════════════════ 8. Stream ══════════════════════════════════════
+# Numbers, memory and queues between a session and its phones.  A session's seq goes on over stop,
+# resume and restart; catch-up says `complete` only when every durable message after `since` is
+# still held.  Adjacent deltas of one kind merge in a slow phone's outbox; nothing else ever merges,
+# and nothing is dropped: an outbox that outgrows its bound closes its socket, and the phone catches up.
+
+RING = 500  # durable messages kept per session
+OUTBOX_LIMIT = 8 * 1024 * 1024  # bytes waiting for one phone
+MERGE_LIMIT = 128 * 1024  # characters of a merged delta
+TURNS, TURN_TTL_MS = 256, 15 * 60_000
+SEQ_STEP = 1000  # seq numbers reserved on disk at a time; a crash skips at most these
+
+
+class SessionLog:
+    """The durable messages of one epoch.  `base` is the highest seq any earlier epoch may have used."""
+
+    def __init__(self, base: int) -> None:
+        self.base = self.seq = base
+        self.ring: deque[Json] = deque(maxlen=RING)
+
+    def append(self, message: Json) -> Json:
+        """The message with its seq, now part of the ring."""
+        self.seq += 1
+        message = {**message, "seq": self.seq}
+        self.ring.append(message)
+        return message
+
+    def since(self, seq: int) -> tuple[list[Json], bool]:
+        """(messages after `seq`, True), or ([], False) when some of them are not held any more."""
+        oldest = self.ring[0]["seq"] if self.ring else self.seq + 1
+        if not max(self.base, oldest - 1) <= seq <= self.seq:
+            return [], False
+        return [message for message in self.ring if message["seq"] > seq], True
+
+
+class Turn(NamedTuple):
+    """A turn command that was accepted: what it was, how far it got, and when it was last asked about."""
+
+    command: str
+    content: str  # hash over command and payload
+    stage: str
+    at: int
+    text: str = ""
+
+
+STAGES = ("accepted", "dispatched", "started")
+
+
+class TurnCache:
+    """Answers to repeated `clientTurnId`s, so that one id is one turn.  Times are ms."""
+
+    def __init__(self) -> None:
+        self.turns: OrderedDict[str, Turn] = OrderedDict()
+
+    def known(self, turn_id: str, command: str, content: str, now: int) -> Turn | None:
+        """The turn this id stands for.  Raises Conflict when it stands for another one."""
+        for old in [key for key, turn in self.turns.items() if turn.at < now - TURN_TTL_MS]:
+            del self.turns[old]
+        turn = self.turns.get(turn_id)
+        if turn and (turn.command, turn.content) != (command, content):
+            raise Conflict(f"clientTurnId conflict: {turn_id}")
+        if turn:
+            self.turns[turn_id] = turn._replace(at=now)
+            self.turns.move_to_end(turn_id)
+        return turn
+
+    def add(self, turn_id: str, command: str, content: str, now: int, text: str) -> None:
+        self.turns[turn_id] = Turn(command, content, "accepted", now, text)
+        while len(self.turns) > TURNS:
+            self.turns.popitem(last=False)
+
+    def advance(self, turn_id: str, stage: str) -> bool:
+        """Move a turn forward; whether it had not been there yet."""
+        turn = self.turns.get(turn_id)
+        if turn is None or STAGES.index(turn.stage) >= STAGES.index(stage):
+            return False
+        self.turns[turn_id] = turn._replace(stage=stage)
+        return True
+
+    def starting(self, prompt: bool, text: str = "") -> tuple[str, Turn] | None:
+        """The dispatched turn that now begins: the newest prompt, or the oldest queued one with this text."""
+        waiting = [(key, turn) for key, turn in self.turns.items() if turn.stage == "dispatched"]
+        if prompt:
+            return next((item for item in reversed(waiting) if item[1].command == "prompt"), None)
+        return next((item for item in waiting if item[1].command != "prompt" and item[1].text == text), None)
+
+
+class Outbox:
+    """Messages waiting for one phone.  A message is shared by all phones of a dialect; bytes are made once."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Json] = deque()
+        self.size = 0
+
+    def push(self, message: Json, size: int) -> bool:
+        """Queue a message; False when the bound is passed."""
+        last = self.waiting[-1] if self.waiting else None
+        if last is not None and mergeable(last, message):
+            self.waiting[-1] = {**last, "delta": last["delta"] + message["delta"]}
+        else:
+            self.waiting.append(message)
+        self.size += size
+        return self.size <= OUTBOX_LIMIT
+
+    def drain(self) -> Iterator[Json]:
+        while self.waiting:
+            yield self.waiting.popleft()
+        self.size = 0
+
+
+def mergeable(left: Json, right: Json) -> bool:
+    """Whether two messages are adjacent deltas of the same kind and session."""
+    return (
+        right["type"] in ("text_delta", "thinking_delta")
+        and left["type"] == right["type"]
+        and left.get("sessionId") == right.get("sessionId")
+        and len(left["delta"]) < MERGE_LIMIT
+    )
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════
+# ═══════════════════════════════════ I/O starts here ═════════════════════════════════════
+# Above this line nothing imports asyncio, os, socket, subprocess or ssl (a test reads the syntax
+# tree to make sure); below it nothing decides what a tool may do.
+# ═════════════════════════════════════════════════════════════════════════════════════════
+
+import contextlib  # noqa: E402
+import fcntl  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+
+
+class _Lazy:
+    """A module imported at its first use: `oppi status` must not wait for asyncio."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        import importlib
+
+        module = globals()[self._name] = importlib.import_module(self._name)
+        return getattr(module, attribute)
+
+
+if TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import subprocess
+else:
+    argparse, asyncio, subprocess = _Lazy("argparse"), _Lazy("asyncio"), _Lazy("subprocess")
+
+
+def log(tag: str, text: str) -> None:
+    """One line on stderr, without secrets or control characters."""
+    clock = time.strftime("%H:%M:%S") + f".{now_ms() % 1000:03d}"
+    print(f"{clock} [{tag}] {redact(text)}", file=sys.stderr, flush=True)
+
+
+# ════════════════════════════════════════ 10. Store ══════════════════════════════════════
+# The data directory.  Files are 0600 and folders 0700 from creation on; a write is whole or absent
+# (temporary file in the same folder, fsync, rename).  A file that cannot be read as what it should
+# be is set aside or left alone with a message, and never overwritten.  config.json and devices.json
+# are changed under a lock, read afresh each time, so that the command line and a running server
+# agree at once.  Unknown keys survive every rewrite.
+
+AUDIT_LIMIT = 10 * 1024 * 1024  # bytes, then the file is rotated
+
+
+def make_private(path: str) -> None:
+    """Create a folder and its missing parents, 0700.  An existing one is left as it is."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+
+
+def write_file(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Replace a file, whole or not at all.  Raises OSError, leaving the old file as it was."""
+    temporary = f"{path}.{new_id()}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def pretty(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "replace")
+
+
+def set_aside(path: str, problem: str) -> None:
+    """Rename a file that cannot be read, and say so."""
+    target = f"{path}.unreadable-{now_ms()}"
+    with contextlib.suppress(OSError):
+        os.rename(path, target)
+    log("store", f"{path}: {problem}; set aside as {os.path.basename(target)}")
+
+
+class Store:
+    """The data directory at `root`.  Everything is loaded once; the loop never waits for the disk:
+    records are saved by one background thread, in order."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(os.path.expanduser(root))
+        self.sessions: dict[str, Json] = {}
+        self.workspaces: dict[str, Json] = {}
+        self.rules: list[Json] = []
+        self.rules_broken = False
+        self._writer: Any = None
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.root, *names)
+
+    def prepare(self) -> None:
+        """Create what is missing.  Raises UsageError when the directory cannot be used."""
+        try:
+            for name in ("", "sessions", "workspaces"):
+                make_private(self.path(name))
+        except OSError as error:
+            raise UsageError(f"Cannot use the data directory {self.root}: {error.strerror}") from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Exclusive use of config.json and devices.json among processes."""
+        descriptor = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    # config.json
+
+    def read_config(self) -> Json:
+        """The stored configuration.  Raises UsageError if it is no JSON object: it holds the owner
+        token, so it is neither guessed at nor replaced."""
+        path = self.path("config.json")
+        try:
+            with open(path, "rb") as file:
+                raw = parse_json(file.read())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read ({error}); it was left as it is. Repair it or move it away.") from None
+        if not isinstance(raw, dict):
+            raise UsageError(f"{path} is not a JSON object; it was left as it is. Repair it or move it away.")
+        return raw
+
+    def settings(self) -> Settings:
+        """The configuration; a default one is written if there is none."""
+        if not os.path.exists(self.path("config.json")):
+            self.prepare()
+            self.change_config(lambda raw: raw.update({**Settings({}).effective(), **raw, "dataDir": self.root}))
+        return Settings(self.read_config())
+
+    def change_config(self, change: Callable[[Json], Any]) -> Json:
+        """Apply `change` to the stored object under the lock, and save it."""
+        self.prepare()
+        with self.locked():
+            raw = self.read_config()
+            change(raw)
+            write_file(self.path("config.json"), pretty(raw))
+        return raw
+
+    def owner_token(self) -> str:
+        """The owner token, made if there is none."""
+        token = self.settings().raw.get("token")
+        if not isinstance(token, str) or not token:
+            token = self.change_config(lambda raw: raw.setdefault("token", new_token("sk")))["token"]
+        return str(token)
+
+    # devices.json
+
+    def read_access(self) -> Access:
+        """Devices and invites, with the owner token and the device tokens of an original 1.1."""
+        raw, state = self.read_config(), self._read(self.path("devices.json"), dict) or {}
+        lists = ("devices", "invites")
+        state.update(
+            {k: [d for d in state[k] if isinstance(d, dict) and "hash" in d] for k in lists if isinstance(state.get(k), list)}
+        )
+        moved = raw.get("authDeviceTokens")
+        owner = raw.get("token")
+        return Access(
+            state,
+            owner if isinstance(owner, str) else "",
+            [t for t in moved if isinstance(t, str) and t] if isinstance(moved, list) else [],
+        )
+
+    def change_access(self, change: Callable[[Access], Any]) -> Any:
+        """Apply `change` under the lock and save; returns what it returns."""
+        self.prepare()
+        with self.locked():
+            access = self.read_access()
+            result = change(access)
+            write_file(self.path("devices.json"), pretty({"version": 1, **access.state}))
+        return result
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Changes whenever config.json or devices.json does."""
+        stamps = []
+        for name in ("config.json", "devices.json"):
+            with contextlib.suppress(OSError):
+                found = os.stat(self.path(name))
+                stamps.append((name, found.st_mtime_ns, found.st_ino, found.st_size))
+        return tuple(stamps)
+
+    # records
+
+    def _read(self, path: str, kind: type) -> Any:
+        """JSON of a file if it is there and a `kind`; anything else is set aside."""
+        try:
+            with open(path, "rb") as file:
+                value = parse_json(file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            set_aside(path, str(error))
+            return None
+        if not isinstance(value, kind):
+            set_aside(path, "not what it should be")
+            return None
+        return value
+
+    def load(self) -> None:
+        """Read sessions, workspaces and rules.  What was running is stopped now: its pi is gone."""
+        self.prepare()
+        for folder, records in (("sessions", self.sessions), ("workspaces", self.workspaces)):
+            for name in sorted(os.listdir(self.path(folder))):
+                key, dot, ending = name.partition(".")
+                if ending == "json" and re.fullmatch(ID_PATTERN, key):
+                    self._load_record(folder, name, records)
+        self._load_rules()
+
+    def _load_record(self, folder: str, name: str, records: dict[str, Json]) -> None:
+        path = self.path(folder, name)
+        value = self._read(path, dict)
+        if value is None:
+            return
+        record = value.get("session") if folder == "sessions" else value
+        if not isinstance(record, dict) or not isinstance(record.get("id"), str) or record["id"] + ".json" != name:
+            set_aside(path, "no record of that id in it")
+            return
+        if folder == "sessions" and record.get("status") not in ("stopped", "error"):
+            record["status"] = "stopped"
+        records[record["id"]] = record
+
+    def _load_rules(self) -> None:
+        """Rules, or none and `rules_broken`: the file stays where it is, and everything is asked."""
+        path = self.path("rules.json")
+        try:
+            with open(path, "rb") as file:
+                rules = parse_json(file.read() or b"[]")
+            if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+                raise ValueError("not a list of rules")
+            self.rules = rules
+        except FileNotFoundError:
+            self.rules = []
+        except (OSError, ValueError) as error:
+            self.rules_broken = True
+            log(
+                "policy", f"{path} cannot be read ({error}). It was left as it is; every tool call is asked until it is repaired."
+            )
+
+    def background(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on the writer thread, after all earlier work; a concurrent Future."""
+        if self._writer is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._writer = ThreadPoolExecutor(1, "oppi-writer")
+        return self._writer.submit(_logged, work)
+
+    def save_session(self, record: Json) -> Any:
+        """Save a session, keeping what else its file holds; a Future."""
+        path, text = self.path("sessions", record["id"] + ".json"), dumps(record)
+
+        def work() -> None:
+            content = self._read(path, dict) or {}
+            content["session"] = json.loads(text)
+            write_file(path, pretty(content))
+
+        return self.background(work)
+
+    def save_workspace(self, record: Json) -> Any:
+        data = pretty(record)
+        return self.background(lambda: write_file(self.path("workspaces", record["id"] + ".json"), data))
+
+    def forget(self, folder: str, key: str) -> Any:
+        def work() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(folder, key + ".json"))
+
+        return self.background(work)
+
+    def save_rules(self) -> Any:
+        """Save the lasting rules.  Raises Conflict while the stored file cannot be read."""
+        if self.rules_broken:
+            raise Conflict("rules.json cannot be read, so no rule is stored; repair it or move it away")
+        data = pretty([rule for rule in self.rules if rule.get("scope") != "session"])
+        return self.background(lambda: write_file(self.path("rules.json"), data))
+
+    def audit(self, entry: Json) -> None:
+        """Append one decision to audit.jsonl."""
+        line = encode({**entry, "id": new_id(12), "timestamp": now_ms()}) + b"\n"
+
+        def work() -> None:
+            path = self.path("audit.jsonl")
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "ab") as file:
+                file.write(line)
+                size = file.tell()
+            if size >= AUDIT_LIMIT:
+                os.replace(path, path + ".1")
+
+        self.background(work)
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        if self._writer is not None:
+            self._writer.shutdown(wait=True)
+
+    # identity
+
+    def identity_paths(self, settings: Settings) -> tuple[str, str]:
+        """(private, public) key files: the configured ones if they exist, else those in the data directory."""
+        private = os.path.expanduser(settings["identity.privateKeyPath"] or "")
+        if private and os.path.exists(private):
+            return private, os.path.expanduser(settings["identity.publicKeyPath"] or private + ".pub")
+        return self.path("identity_ed25519"), self.path("identity_ed25519.pub")
+
+    def identity(self, create: bool = False) -> tuple[str, str]:
+        """(private key file, fingerprint); ("", "") when there is none and none may be made.
+
+        Raises UsageError when the keys do not fit each other, or when a key that phones already
+        know is missing: a new one would look like another server to them.
+        """
+        settings = self.settings()
+        private, public = self.identity_paths(settings)
+        known = settings["identity.fingerprint"]
+        if not os.path.exists(private):
+            if known:
+                raise UsageError(
+                    f"The identity key {private} is missing, but phones know this server as {known}. "
+                    "Restore it, or clear identity.fingerprint to start anew."
+                )
+            if not create:
+                return "", ""
+            self._create_identity(private, public)
+        try:
+            print_ = self._fingerprint(private, public)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"The identity key {private} cannot be used: {error}") from None
+        if print_ != known:
+            self.change_config(lambda raw: put_path(raw, "identity.fingerprint", print_))
+        return private, print_
+
+    def _create_identity(self, private: str, public: str) -> None:
+        private_text, public_text = generate_identity()
+        make_private(os.path.dirname(private))
+        write_file(private, private_text.encode())
+        write_file(public, public_text.encode(), 0o644)
+
+    def _fingerprint(self, private: str, public: str) -> str:
+        if not os.path.exists(public):
+            with open(private, encoding="ascii") as file:
+                write_file(public, public_pem(file.read()).encode(), 0o644)
+        with open(public, encoding="ascii") as file:
+            return fingerprint(public_raw(file.read()))
+
+    def check_identity(self, private: str) -> None:
+        """Raises UsageError if the public key file is not the private key's."""
+        public = self.identity_paths(self.settings())[1]
+        with open(private, encoding="ascii") as file:
+            derived = public_raw(public_pem(file.read()))
+        with open(public, encoding="ascii") as file:
+            if public_raw(file.read()) != derived:
+                raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
+
+
+def _logged(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:
+        log("store", f"could not write: {error}")
+        raise
+
+
+# ══════════════════════════════════ 11. Skills and extensions ════════════════════════════
+# What of the person's own pi a workspace may use.  Only read here: nothing a phone sends is ever
+# written into pi's directories, for a skill instructs an agent that runs as the person.
+
+SKILL_LIMIT = 1024 * 1024  # bytes of a SKILL.md that are read
+HOST_ONLY = (
+    "MLX",
+    "mlx",
+    "lmstudio",
+    "LM Studio",
+    "/Users/",
+    "homebrew",
+    "my-mac",
+    "mac-mini",
+    "tmux send-keys",
+    "tmux new-window",
+)
+
+
+def agent_dir() -> str:
+    """pi's own directory."""
+    return os.path.expanduser(os.environ.get("PI_CODING_AGENT_DIR") or "~/.pi/agent")
+
+
+def front_matter(text: str) -> dict[str, str]:
+    """Top-level scalar fields of a SKILL.md: plain, quoted, or folded over indented lines."""
+    match = re.match(r"---\s*\n(.*?)\n---", text, re.S)
+    fields: dict[str, str] = {}
+    for name, value, block in re.findall(r"^([\w-]+):[ \t]*(.*)((?:\n[ \t]+.*)*)", match.group(1) if match else "", re.M):
+        value = value.strip()
+        if value[:1] in (">", "|", ""):
+            value = " ".join(block.split())
+        elif len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        fields[name] = value
+    return fields
+
+
+def scan_skills(folder: str) -> list[Json]:
+    """Skills (http-api 2.3) in `folder`, by name; directories without a described SKILL.md are none."""
+    skills: dict[str, Json] = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        try:
+            with open(os.path.join(path, "SKILL.md"), encoding="utf-8", errors="replace") as file:
+                text = file.read(SKILL_LIMIT)
+        except OSError:
+            continue
+        fields = front_matter(text)
+        own = fields.get("name", "")
+        title = own if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", own) else name
+        if fields.get("description") and title not in skills:
+            safe = {"true": True, "false": False}.get(fields.get("container", ""), not any(m in text for m in HOST_ONLY))
+            scripts = os.path.isdir(os.path.join(path, "scripts")) and bool(os.listdir(os.path.join(path, "scripts")))
+            skills[title] = {"name": title, "description": fields["description"], "path": path}
+            skills[title].update(containerSafe=safe, hasScripts=scripts, builtIn=True)
+    return [skills[name] for name in sorted(skills)]
+
+
+def skill_dirs(workspace: Json) -> list[str]:
+    """Directories of the skills a workspace lists, as far as they exist."""
+    wanted = workspace.get("skills") or []
+    return [skill["path"] for skill in scan_skills(os.path.join(agent_dir(), "skills")) if skill["name"] in wanted]
+
+
+def extension_paths(workspace: Json) -> list[str]:
+    """Files or directories of the extensions a workspace lists, as far as they exist."""
+    folder, found = os.path.join(agent_dir(), "extensions"), []
+    for name in workspace.get("extensions") or []:
+        if isinstance(name, str) and re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", name) and name != "permission-gate":
+            bare = re.sub(r"\.(ts|js)$", "", name)
+            paths = [os.path.join(folder, candidate) for candidate in (name, bare, bare + ".ts", bare + ".js")]
+            found += [path for path in paths if os.path.exists(path)][:1]
+    return found
+
+
+# ════════════════════════════════════ 12. Host environment ═══════════════════════════════
+# What pi runs with on this machine: an explicit PATH, the person's provider keys, and none of this
+# server's own variables.  `oppi env init` captures the PATH of a shell, for a server started by
+# launchd or systemd has a bare one.
+
+WELL_KNOWN = tuple("~/.local/bin ~/.cargo/bin ~/.bun/bin ~/.yarn/bin ~/.deno/bin ~/go/bin ~/.go/bin".split()) + (
+    "~/.local/share/mise/shims", "/opt/homebrew/bin", "/opt/homebrew/sbin", "/usr/local/bin",
+    "/usr/bin", "/bin", "/usr/sbin", "/sbin",
+)
+PI_INSTALL = "npm install -g @mariozechner/pi-coding-agent"
+
+
+def env_file(root: str) -> str:
+    """The env file: OPPI_ENV_FILE, else the data directory's, else the original's fixed place."""
+    given = os.environ.get("OPPI_ENV_FILE")
+    own, old = os.path.join(root, "env"), os.path.expanduser("~/.config/oppi/env")
+    return given or (own if os.path.exists(own) or not os.path.exists(old) else old)
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """KEY=VALUE lines; comments and blanks skipped, outer quotes removed, a leading `~` expanded."""
+    values: dict[str, str] = {}
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8") as file:
+        for line in file:
+            name, equals, value = line.strip().partition("=")
+            if equals and not name.startswith("#"):
+                value = re.sub(r"""^(['"])(.*)\1$""", r"\2", value.strip())
+                values[name.strip()] = ":".join(os.path.expanduser(part) for part in value.split(":"))
+    return values
+
+
+def path_entries(settings: Settings, values: dict[str, str]) -> list[tuple[str, str]]:
+    """(directory, where it comes from) of the PATH for pi, each once."""
+    entries = [(entry, "env file") for entry in values.get("PATH", "").split(":")]
+    for entry in (*settings["runtimePathEntries"], *WELL_KNOWN):
+        entries.append((os.path.expanduser(entry), "well-known"))
+    entries = [(entry, origin) for entry, origin in entries if origin == "env file" or os.path.isdir(entry)]
+    entries += [(entry, "inherited") for entry in os.environ.get("PATH", "").split(":")]
+    origins: dict[str, str] = {}
+    for entry, origin in entries:
+        if entry:
+            origins.setdefault(entry, origin)
+    return list(origins.items())
+
+
+def host_environment(settings: Settings, root: str) -> dict[str, str]:
+    """The environment of pi and of the programs this server asks."""
+    values = read_env_file(env_file(root))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OPPI_")}
+    env.update({k: v for k, v in values.items() if k != "PATH"})
+    env.update(settings["runtimeEnv"])
+    env["PATH"] = ":".join(entry for entry, _ in path_entries(settings, values))
+    env.update(PI_SKIP_VERSION_CHECK="1", PI_TELEMETRY="0")
+    return env
+
+
+def find_pi(env: dict[str, str]) -> str:
+    """The `pi` program: OPPI_PI_BIN if it exists, else the first on PATH, else ""."""
+    given = os.environ.get("OPPI_PI_BIN", "")
+    return given if given and os.path.exists(given) else shutil.which("pi", path=env["PATH"]) or ""
+
+
+def short_host() -> str:
+    return socket.gethostname().split(".")[0] or "oppi"
+
+
+async def run_program(argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = 20) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a program with no stdin; (-1, "", reason) if it cannot run or is too slow."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    except OSError as error:
+        return -1, "", str(error)
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), timeout)
+    except asyncio.TimeoutError:
+        process.kill()
+        await process.wait()
+        return -1, "", f"{argv[0]} took longer than {timeout:g} s"
+    return process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+
+
+def parse_models(table: str) -> list[Json]:
+    """Models (http-api 2.3) of `pi --list-models`: padded columns provider, model, context, …"""
+    units = {"K": 1000, "M": 1_000_000}
+    models = []
+    for line in table.splitlines():
+        columns = re.split(r"\s{2,}", line.strip())
+        size = re.fullmatch(r"([\d.]+)([KM]?)", columns[2]) if len(columns) >= 4 else None
+        if size:
+            name = f"{columns[0]}/{columns[1]}"
+            tokens = int(float(size.group(1)) * units.get(size.group(2), 1))
+            models.append({"id": name, "name": columns[1], "provider": columns[0], "contextWindow": tokens})
+    return models
+
+
+class PiInfo:
+    """What pi is installed and which models it has: asked in the background, once per executable and
+    at most every MODELS_AGE_S; the last good answer is served meanwhile."""
+
+    MODELS_AGE_S = 30.0
+
+    def __init__(self, environment: Callable[[], dict[str, str]]) -> None:
+        self.environment = environment
+        self.version: tuple[int, ...] = ()
+        self.models: list[Json] = []
+        self._asked: tuple[Any, ...] = ()
+        self._models_at = -1e9
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+
+    def path(self) -> str:
+        return find_pi(self.environment())
+
+    async def known_version(self) -> tuple[int, ...]:
+        """Version of the installed pi; () if it cannot be told.  P73 prints it on stderr."""
+        path = self.path()
+        with contextlib.suppress(OSError):
+            key = (path, os.stat(path).st_mtime_ns)
+            if self._asked != key:
+                code, out, err = await run_program([path, "--version"], self.environment())
+                match = re.search(r"(\d+)\.(\d+)\.(\d+)", out + err)
+                self.version, self._asked = tuple(map(int, match.groups())) if match else (), key
+        return self.version
+
+    async def known_models(self) -> list[Json]:
+        """The models; waits only if none were ever listed."""
+        if time.monotonic() - self._models_at > self.MODELS_AGE_S and "models" not in self._tasks:
+            self._tasks["models"] = asyncio.ensure_future(self._list_models())
+        if self._models_at < 0 and "models" in self._tasks:
+            await asyncio.shield(self._tasks["models"])
+        return self.models
+
+    async def _list_models(self) -> None:
+        try:
+            path = self.path()
+            if path:
+                code, out, err = await run_program([path, "--list-models"], self.environment())
+                found = parse_models(out + "\n" + err)
+                self.models = found or ([] if code == 0 and "No models" in out + err else self.models)
+            self._models_at = time.monotonic()
+        finally:
+            self._tasks.pop("models", None)
+
+    def window(self, model: str) -> int:
+        """Context window of a model in tokens, from the list or guessed."""
+        exact = [m for m in self.models if model in (m["id"], m["id"].partition("/")[2])]
+        return int(exact[0]["contextWindow"]) if exact else context_window(model)
+
+
+# ═══════════════════════════════════════ 13. Pi process ══════════════════════════════════
+# One pi as a child process: its pipes, its calls, its end.  stdout is read with readv into one
+# shared buffer straight off the loop, a bounded amount at a time, so that a fast stream does not
+# make its neighbours wait.  A child never outlives its session: stdin is closed, then SIGTERM, then
+# SIGKILL, and whatever it left behind is found by its environment and ended too.
+
+READ_SIZE = 256 * 1024  # bytes per read; fits the processor's cache
+READS_PER_TURN = 4  # then the loop may serve others
+PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
+F_SETPIPE_SZ = 1031
+STDERR_TAIL = 4096  # bytes kept to explain a failure
+START_LIMIT_S, CALL_LIMIT_S, LONG_LIMIT_S = 30.0, 10.0, 900.0
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Processes of this machine with `mark` (NAME=value) in their environment, this one left out."""
+    found = []
+    if os.path.isdir("/proc/self"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if mark.encode() in file.read().split(b"\0"):
+                    found.append(int(name))
+    else:
+        listing = subprocess.run(["ps", "-axEwwo", "pid=,command="], capture_output=True, text=True, check=False).stdout
+        found = [int(line.split(None, 1)[0]) for line in listing.splitlines() if f" {mark}" in line]
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def end_marked(mark: str, patience_s: float = 1.0) -> int:
+    """End every process with `mark`: SIGTERM, then SIGKILL; how many there were."""
+    pids = marked_processes(mark)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        alive = marked_processes(mark)
+        for pid in alive:
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + patience_s
+        while alive and time.monotonic() < deadline and marked_processes(mark):
+            time.sleep(0.02)
+    return len(pids)
+
+
+class PiProcess:
+    """A running `pi --mode rpc`.  `on_items` gets what the reader made of each read; `on_exit` gets
+    (exit code, tail of stderr) once, after the last item."""
+
+    _buffer = bytearray()  # shared: nothing is kept in it between two reads
+
+    def __init__(self, on_items: Callable[[list[Json | Delta]], None], on_exit: Callable[[int, str], None]) -> None:
+        self.on_items, self.on_exit = on_items, on_exit
+        self.reader = PiReader()
+        self.calls: dict[str, Callable[[Json], None]] = {}
+        self.process: Any = None
+        self.exited: asyncio.Event = asyncio.Event()
+        self._number = 0
+        self._stdout = self._stderr_end = -1
+        self._drained: asyncio.Event = asyncio.Event()
+        self._stderr = b""
+        self.trouble = ""  # why this end stopped reading
+
+    async def start(self, argv: Sequence[str], cwd: str, env: dict[str, str]) -> None:
+        """Raises PiFailed if the program cannot be started."""
+        pipes = [os.pipe(), os.pipe()]  # not asyncio's: a grandchild that keeps one open must not delay the end
+        try:
+            if sys.platform == "linux":
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(pipes[0][0], F_SETPIPE_SZ, PIPE_SIZE)
+            self.process = await asyncio.create_subprocess_exec(
+                *argv, cwd=cwd, env=env, stdin=subprocess.PIPE, stdout=pipes[0][1], stderr=pipes[1][1], start_new_session=True
+            )
+        except OSError as error:
+            for read_end, _ in pipes:
+                os.close(read_end)
+            raise PiFailed(f"pi could not be started: {error.strerror}") from None
+        finally:
+            for _, write_end in pipes:
+                os.close(write_end)
+        self._stdout, self._stderr_end = pipes[0][0], pipes[1][0]
+        loop = asyncio.get_running_loop()
+        for descriptor, callback in ((self._stdout, self._readable), (self._stderr_end, self._complaint)):
+            os.set_blocking(descriptor, False)
+            loop.add_reader(descriptor, callback)
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    def _complaint(self) -> None:
+        try:
+            data = os.read(self._stderr_end, 65536)
+        except OSError:
+            return
+        self._stderr = (self._stderr + data)[-STDERR_TAIL:]
+        if not data:
+            asyncio.get_running_loop().remove_reader(self._stderr_end)
+
+    def _readable(self) -> None:
+        buffer = PiProcess._buffer
+        if not buffer:
+            buffer = PiProcess._buffer = bytearray(READ_SIZE)
+        for _ in range(READS_PER_TURN):
+            try:
+                size = os.readv(self._stdout, [buffer])
+            except BlockingIOError:
+                return
+            except OSError:
+                size = 0
+            if not size:
+                self._stop_reading()
+                return
+            try:
+                items = self.reader.feed(buffer, size)
+            except OverflowError as error:
+                self.trouble = str(error)
+                self._stop_reading()
+                self.kill()
+                return
+            if items:
+                self.on_items(items)
+            if size < READ_SIZE:
+                return
+
+    def _stop_reading(self) -> None:
+        if self._stdout >= 0:
+            asyncio.get_running_loop().remove_reader(self._stdout)
+            os.close(self._stdout)
+            self._stdout = -1
+        self._drained.set()
+
+    async def _watch(self) -> None:
+        """Wait for the end, then for what is still in the pipes."""
+        code = await self.process.wait()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drained.wait(), 1)
+        self._complaint()
+        asyncio.get_running_loop().remove_reader(self._stderr_end)
+        os.close(self._stderr_end)
+        self._stop_reading()
+        self.exited.set()
+        for done in list(self.calls.values()):
+            done({"success": False, "error": "pi has ended"})
+        self.calls.clear()
+        self.on_exit(code, self.trouble or self._stderr.decode("utf-8", "replace").strip())
+
+    def send(self, message: Json) -> None:
+        """Write one line to pi; nothing happens when it has ended."""
+        if not self.exited.is_set() and not self.process.stdin.is_closing():
+            self.process.stdin.write(encode(message) + b"\n")
+
+    def call(self, command: Json, done: Callable[[Json], None]) -> str:
+        """Send a command; `done` gets its response, in order with the events around it."""
+        self._number += 1
+        call_id = f"oppi-{self._number}"
+        if self.exited.is_set():
+            done({"success": False, "error": "pi has ended"})
+            return call_id
+        self.calls[call_id] = done
+        self.send({**command, "id": call_id})
+        return call_id
+
+    def responded(self, response: Json) -> bool:
+        """Give a response to whoever waits for it; False if nobody does."""
+        done = self.calls.pop(str(response.get("id")), None)
+        if done:
+            done(response)
+        return done is not None
+
+    async def request(self, command: Json, limit_s: float = CALL_LIMIT_S) -> Any:
+        """Data of a command's response.  Raises PiFailed if pi refuses, ends or takes over `limit_s`."""
+        future: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        call_id = self.call(command, lambda response: None if future.done() else future.set_result(response))
+        try:
+            response = await asyncio.wait_for(future, limit_s)
+        except asyncio.TimeoutError:
+            raise PiFailed(f"RPC timeout: {command['type']}") from None
+        finally:
+            self.calls.pop(call_id, None)
+        if response.get("success") is not True:
+            text = str(response.get("error") or "pi refused the command")
+            raise PiFailed(re.sub(r"^Failed to parse command: ", "", text))
+        return response.get("data")
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+    async def end(self, polite_s: float = 2.0) -> None:
+        """End the process: close stdin, SIGTERM, SIGKILL, each with its time."""
+        with contextlib.suppress(Exception):
+            self.process.stdin.close()
+        for step in (lambda: None, self.process.terminate, self.kill):
+            with contextlib.suppress(ProcessLookupError):
+                step()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.exited.wait(), polite_s)
+                return
+
+
+# ═══════════════════════════════════════ 14. Sessions ════════════════════════════════════
+# One LiveSession per running pi.  It turns what pi says into messages with a seq, answers the gate,
+# counts, and ends its pi whatever happens.  `Sessions` starts them one at a time each, within the
+# limits.  Order of frames is order of pi's events; nothing here waits for a phone.
+# Must never: send a prompt to a pi whose gate has not said hello, answer a gate question twice, or
+# let a tool that was not allowed go on.
+
+FLUSH_S = 0.002  # deltas closer together than this share a frame
+SETTLE_S = 0.05  # P73 says nothing after agent_end when it is done; a retry follows within 3 ms
+ABORT_S, ABORT_AGAIN_S = 8.0, 5.0
+HELD_ACK_S = 1.0  # a turn pi has not answered after this is acknowledged as held
+GATE_WAIT_S = 5.0
+SILENCE_S = 8.0  # the apps reconnect after 45 s without a text, thinking or tool frame
+FOR_EVER_MS = 100 * 365 * 86_400_000
+AUDIT_LAYERS = {"user": "user_response", "timeout": "timeout", "extension_lost": "extension_lost"}
+
+
+class Hub:
+    """All connected phones.  `publish` renders a message at most once per dialect."""
+
+    def __init__(self) -> None:
+        self.clients: set[Client] = set()
+
+    def publish(self, message: Json, everyone: bool = False, but: Any = None) -> None:
+        """Give a session's message to its subscribers, or to every phone."""
+        session_id, notify = message["sessionId"], message["type"] in NOTIFY
+        shared: dict[str, bytes] = {}
+        for client in list(self.clients):
+            level = client.level(session_id)
+            if client is not but and (everyone or level == "full" or (notify and level == "notifications")):
+                client.deliver(message, shared)
+
+
+class Pending(NamedTuple):
+    """A question of the gate that waits for a person; `wire` is what phones see."""
+
+    session: LiveSession
+    call: Call
+    call_id: str
+    request_id: Any  # of pi's dialog
+    options: Json
+    wire: Json
+    timer: Any
+
+
+class Approvals:
+    """Pending approvals.  State, not events: told to every phone that connects, cancelled on all when
+    answered.  Every ending is audited, and each question is answered exactly once."""
+
+    def __init__(self, store: Store, hub: Hub, settings: Callable[[], Settings]) -> None:
+        self.store, self.hub, self.settings = store, hub, settings
+        self.pending: dict[str, Pending] = {}
+
+    def audit(self, session: LiveSession, call: Call, decision: str, by: str, verdict: Verdict, **more: Any) -> None:
+        layer = AUDIT_LAYERS.get(by, verdict.layer)
+        entry = {"sessionId": session.id, "workspaceId": session.workspace_id, "tool": call.tool}
+        entry.update(displaySummary=display_summary(call), risk=verdict.risk, decision=decision, resolvedBy=by, layer=layer)
+        if verdict.rule_id:
+            more.update(ruleId=verdict.rule_id, ruleSummary=verdict.reason)
+        self.store.audit({**entry, **more})
+
+    def ask(self, session: LiveSession, call: Call, call_id: str, request_id: Any, verdict: Verdict) -> None:
+        """Put a question to the phones."""
+        limit = self.settings()["approvalTimeoutMs"]
+        options = resolution_options(call, verdict, session.context())
+        key = new_id(12)
+        wire: Json = {"type": "permission_request", "id": key, "sessionId": session.id, "tool": call.tool, "input": call.input}
+        wire.update(displaySummary=display_summary(call), reason=visible(verdict.reason), risk=verdict.risk)
+        wire.update(timeoutAt=now_ms() + (limit or FOR_EVER_MS), expires=bool(limit), resolutionOptions=options)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(limit / 1000, self._expire, key) if limit else None
+        self.pending[key] = Pending(session, call, call_id, request_id, options, wire, timer)
+        log("gate", f"asking {key} session={session.id} tool={call.tool} risk={verdict.risk} chars={len(wire['displaySummary'])}")
+        self.hub.publish(wire, everyone=True)
+
+    def of_session(self, session_id: str) -> list[Json]:
+        return [p.wire for p in self.pending.values() if p.session.id == session_id]
+
+    def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> str:
+        """Settle a question; the scope it got.  Raises NotFound or BadRequest."""
+        if action not in ("allow", "deny"):
+            raise BadRequest('action must be "allow" or "deny"')
+        if key not in self.pending:
+            raise NotFound(f"Permission request not found: {key}")
+        pending = self.pending[key]
+        context = pending.session.context()
+        verdict = evaluate(pending.call, context)
+        if verdict.action == "deny":  # a rule was added since the question was put
+            action, scope = "deny", "once"
+        granted = settle_scope(action, scope, pending.options)
+        choice: Json = {"action": action, "scope": granted}
+        if granted != "once":
+            choice.update(self._learn(pending, context, action, granted, expires_in))
+        self._close(key, {"type": "permission_cancelled", "id": key}, but=client)
+        pending.session.settle(pending.call_id, pending.request_id, action, "" if action == "allow" else "Denied by user")
+        self.audit(pending.session, pending.call, action, "user", verdict, userChoice=choice)
+        return granted
+
+    def _learn(self, pending: Pending, context: Context, action: str, scope: str, expires_in: Any) -> Json:
+        rule = rule_from_answer(pending.call, context, action, scope, pending.wire["risk"], expires_in)
+        self.store.rules.append(rule)
+        if scope != "session":
+            with contextlib.suppress(Conflict):
+                self.store.save_rules()
+        return {"learnedRuleId": rule["id"], **{k: rule[k] for k in ("expiresAt",) if k in rule}}
+
+    def _close(self, key: str, message: Json, but: Any = None) -> Pending:
+        pending = self.pending.pop(key)
+        if pending.timer:
+            pending.timer.cancel()
+        self.hub.publish({**message, "sessionId": pending.session.id}, everyone=True, but=but)
+        return pending
+
+    def _expire(self, key: str) -> None:
+        pending = self._close(key, {"type": "permission_expired", "id": key, "reason": "Approval timeout"})
+        pending.session.settle(pending.call_id, pending.request_id, "deny", "Approval timeout")
+        self.audit(pending.session, pending.call, "deny", "timeout", Verdict("deny", pending.wire["risk"], "", "timeout"))
+
+    def cancel(self, session: LiveSession, reason: str) -> None:
+        """Deny everything a session still asks: it was stopped, or has ended."""
+        for key in [k for k, p in self.pending.items() if p.session is session]:
+            pending = self._close(key, {"type": "permission_cancelled", "id": key})
+            session.settle(pending.call_id, pending.request_id, "deny", reason)
+            self.audit(session, pending.call, "deny", "extension_lost", Verdict("deny", pending.wire["risk"], reason, ""))
+
+
+class LiveSession:
+    """A session with a running pi.  `record` is the stored and sent object, changed in place."""
+
+    def __init__(self, sessions: Sessions, record: Json, workspace: Json) -> None:
+        self.sessions, self.record, self.workspace = sessions, record, workspace
+        self.id: str = record["id"]
+        self.workspace_id: str = str(record.get("workspaceId") or "")
+        own = record.setdefault("oppi", {})
+        self.log = SessionLog(whole(own.get("seq")))
+        self.queue: Json = {"version": whole(own.get("queueVersion")), "steering": [], "followUp": []}
+        self.pi = PiProcess(self._on_items, self._on_exit)
+        self.translator, self.turns = Translator(), TurnCache()
+        self.dialogs: dict[str, Json] = {}
+        self.asked: dict[str, str] = {}  # tool call id -> "asked" or "allowed", while the call is under way
+        self.lane = asyncio.Lock()  # turn commands run one after the other
+        self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait)
+        self.free.set()
+        self.gated = asyncio.Event()  # the gate has said hello
+        self.running = self.ended = self.clearing = False
+        self.stop_mode = ""  # "abort" or "terminate" while one is pending
+        self.busy_before_stop = "busy"
+        self.cwd = ""
+        self._delta: list[str] = []
+        self._delta_kind = ""
+        self._flushed = self.spoke = time.monotonic()
+        self.used = time.monotonic()
+        self._timers: dict[str, Any] = {}
+
+    # starting
+
+    async def start(self) -> None:
+        """Spawn pi and wait until it answers.  Raises PiFailed; then no child is left."""
+        loop = asyncio.get_running_loop()
+        self._reserve_seq()
+        try:
+            argv, self.cwd, env = await self.sessions.command_line(self.record, self.workspace)
+            await self.pi.start(argv, self.cwd, env)
+            state = await self.pi.request({"type": "get_state"}, START_LIMIT_S)
+        except PiFailed as error:
+            text = str(error)
+            if self.pi.exited.is_set():
+                await asyncio.sleep(0)
+                text = f"pi exited before ready: {self.id}. {self.exit_text[:500]}"
+            elif text.startswith("RPC timeout"):
+                text = f"Timeout waiting for pi: {self.id}"
+            await self._discard()
+            raise PiFailed(text) from None
+        except BaseException:
+            await self._discard()
+            raise
+        self.adopt(state)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.gated.wait(), GATE_WAIT_S)
+        self._timers["settings"] = loop.call_soon(self.save)
+        self.set_status("ready")
+
+    exit_text = ""
+
+    async def _discard(self) -> None:
+        """End a pi that did not start; nothing is announced."""
+        self.ended = True
+        if self.pi.process is not None:
+            self.pi.kill()
+            await self.pi.exited.wait()
+
+    def adopt(self, state: Any) -> None:
+        """Take over what pi's get_state says about files, name, model and thinking."""
+        state, record = obj(state), self.record
+        model = state.get("model")
+        if isinstance(model, dict) and model.get("provider") not in (None, "unknown"):
+            self.set_model(model)
+        for name, target in (("sessionFile", "piSessionFile"), ("sessionId", "piSessionId")):
+            if isinstance(state.get(name), str):
+                record[target] = state[name]
+        path = record.get("piSessionFile")
+        if path and path not in record.setdefault("piSessionFiles", []):
+            record["piSessionFiles"].append(path)
+        name = str(state.get("sessionName") or "").strip()
+        if name:
+            record["name"] = name
+        if state.get("thinkingLevel") in THINKING_LEVELS:
+            record["thinkingLevel"] = state["thinkingLevel"]
+
+    def set_model(self, model: Json) -> None:
+        name, provider = str(model.get("id") or ""), str(model.get("provider") or "")
+        full = name if name.startswith(provider + "/") else f"{provider}/{name}"
+        window = whole(model.get("contextWindow")) or self.sessions.pi.window(full)
+        self.record.update(model=full, contextWindow=window)
+
+    def context(self) -> Context:
+        """What the policy must know about this session now."""
+        home = os.path.expanduser("~")
+        allowed = [p for p in self.workspace.get("allowedPaths") or [] if isinstance(p, dict) and p.get("path")]
+        fallback = (self.sessions.settings()["policy"] or {}).get("fallback")
+        fallback = "deny" if fallback == "block" else fallback
+        store = self.sessions.store
+        return Context(
+            self.id,
+            self.workspace_id,
+            self.workspace.get("policyPreset") or "",
+            fallback if fallback in ACTIONS else "allow",
+            store.rules,
+            home,
+            self.cwd or home,
+            tuple((os.path.expanduser(str(p["path"])), str(p.get("access"))) for p in allowed),
+            tuple(map(str, self.workspace.get("allowedExecutables") or ())),
+            store.root,
+            agent_dir(),
+            now_ms(),
+            os.path.realpath,
+            store.rules_broken,
+        )
+
+    # to the phones
+
+    def emit(self, message: Json) -> None:
+        """Send a message to the subscribers, after the deltas that came before it."""
+        self.flush()
+        if message is STATE:
+            message = {"type": "state", "session": session_wire(self.record)}
+        message = {**message, "sessionId": self.id}
+        if message["type"] in DURABLE:
+            if self.log.seq + 1 >= self.record["oppi"]["seq"]:
+                self._reserve_seq()
+            message = self.log.append(message)
+        if message["type"].startswith("tool_"):
+            self.spoke = time.monotonic()
+        self.sessions.hub.publish(message)
+
+    def _reserve_seq(self) -> None:
+        self.record["oppi"]["seq"] = self.log.seq + SEQ_STEP
+        self.save()
+
+    def _on_delta(self, delta: Delta) -> None:
+        text = self.translator.delta(delta)
+        if delta.kind == "toolcall" or not text:
+            return
+        if self._delta_kind != delta.kind:
+            self.flush()
+            self._delta_kind = delta.kind
+        self._delta.append(text)
+
+    def flush(self) -> None:
+        """Send the deltas gathered so far as one message."""
+        if self._delta:
+            text, self._delta = "".join(self._delta), []
+            self._flushed = self.spoke = time.monotonic()
+            self.sessions.hub.publish({"type": self._delta_kind + "_delta", "delta": text, "sessionId": self.id})
+
+    def _flush_when_due(self) -> None:
+        if not self._delta:
+            return
+        wait = self._flushed + FLUSH_S - time.monotonic()
+        if wait <= 0:
+            self.flush()
+        elif "flush" not in self._timers:
+            self._timers["flush"] = asyncio.get_running_loop().call_later(wait, self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._timers.pop("flush", None)
+        self.flush()
+
+    def breathe(self) -> None:
+        """While busy and silent: an empty delta, so that the apps do not take the socket for dead."""
+        if self.running and time.monotonic() - self.spoke > SILENCE_S:
+            self.spoke = time.monotonic()
+            self.sessions.hub.publish({"type": "thinking_delta", "delta": "", "sessionId": self.id})
+
+    def set_status(self, status: str) -> None:
+        self.record.update(status=status, lastActivity=now_ms())
+        self.save()
+
+    def save(self) -> None:
+        self.sessions.store.save_session(self.record)
+
+    # from pi
+
+    def _on_items(self, items: list[Json | Delta]) -> None:
+        self.used = time.monotonic()
+        for item in items:
+            try:
+                if isinstance(item, Delta):
+                    self._on_delta(item)
+                else:
+                    self._on_event(item)
+            except Exception as error:  # one odd event must not end the session
+                log("session", f"{self.id}: {type(error).__name__} in an event of pi: {error}")
+        self._flush_when_due()
+
+    def _on_event(self, event: Json) -> None:
+        kind = event["type"]
+        if kind == "response":
+            if not self.pi.responded(event) and event.get("success") is False:
+                self.emit({"type": "error", "error": f"{event.get('command') or 'pi'}: {event.get('error')}"})
+        elif kind == "extension_ui_request":
+            self._on_dialog(event)
+        elif kind == "garbage":
+            log("session", f"{self.id}: not JSON from pi: {event['line'][:80]}")
+        elif not self._tripwire(event):
+            before = self.BEFORE.get(kind)
+            if before:
+                before(self, event)
+            for message in self.translator.messages(event):
+                self.emit(message)
+
+    def _on_agent_start(self, event: Json) -> None:
+        self._cancel_timer("settle")
+        if self.running:  # another attempt of the same turn
+            return
+        self.running = True
+        if not self.stop_mode:
+            self.record["status"] = "busy"
+        self.emit({"type": "agent_start"})
+        started = self.turns.starting(True)
+        if started:
+            self._ack(started[0], "started")
+        self.emit(STATE)
+
+    def _on_agent_end(self, event: Json) -> None:
+        if "willRetry" not in event:  # P73; P87 says agent_settled
+            self._settle_soon()
+
+    def _on_wait(self, event: Json) -> None:
+        self._cancel_timer("settle")
+        self.free.clear()
+
+    def _on_wait_over(self, event: Json) -> None:
+        self.free.set()
+        if not event.get("willRetry") and event.get("success") is not True:
+            self._settle_soon()
+
+    def _settle_soon(self) -> None:
+        self._cancel_timer("settle")
+        self._timers["settle"] = asyncio.get_running_loop().call_later(SETTLE_S, self.idle)
+
+    def _cancel_timer(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer:
+            timer.cancel()
+
+    def idle(self, event: Json | None = None) -> None:
+        """pi is done with the turn: tell what failed, confirm a stop, be ready."""
+        self._cancel_timer("settle")
+        if not self.running:
+            return
+        self.running = False
+        self.free.set()
+        self.sessions.approvals.cancel(self, "The turn has ended")
+        self._drop_dialogs()
+        self.asked.clear()
+        failure = self.translator.final_failure()
+        for message in () if self.stop_mode else failure:
+            self.emit(message)
+        self.emit({"type": "agent_end"})
+        if self.stop_mode == "terminate":
+            return
+        if self.stop_mode == "abort":
+            self.stop_mode = ""
+            self._cancel_timer("stop")
+            self.emit({"type": "stop_confirmed", "source": "user"})
+        self.set_status("ready")
+        self.emit(STATE)
+
+    def _on_tool_start(self, event: Json) -> None:
+        count_change(self.record, str(event.get("toolName")), obj(event.get("args")), self.cwd)
+
+    def _on_message_start(self, event: Json) -> None:
+        message = event.get("message") or {}
+        if message.get("role") == "user":
+            started = self.turns.starting(False, block_text(message.get("content")))
+            if started:
+                self._ack(started[0], "started")
+
+    def _on_message_end(self, event: Json) -> None:
+        count_answer(self.record, event.get("message") or {})
+
+    def _on_renamed(self, event: Json) -> None:
+        if isinstance(event.get("name"), str) and event["name"].strip():
+            self.record["name"] = event["name"].strip()
+
+    def _on_thinking(self, event: Json) -> None:
+        if event.get("level") in THINKING_LEVELS:
+            self.record["thinkingLevel"] = event["level"]
+
+    def _on_queue(self, event: Json) -> None:
+        """Bring the mirror of pi's queue up to date; what vanished was handed to the model."""
+        started: list[tuple[str, Json]] = []
+        for name, kind in (("steering", "steer"), ("followUp", "follow_up")):
+            texts = [t for t in event.get(name) or [] if isinstance(t, str)]
+            kept = []
+            for item in self.queue[name]:
+                if item["message"] in texts:
+                    texts.remove(item["message"])
+                    kept.append(item)
+                else:
+                    started.append((kind, item))
+            for text in texts:
+                turn = next((k for k, t in self.turns.turns.items() if t.text == text and t.command == kind), None)
+                kept.append({"id": turn or new_id(12), "message": text, "createdAt": now_ms()})
+            self.queue[name] = kept
+        self.queue["version"] += 1
+        self.record["oppi"]["queueVersion"] = self.queue["version"]
+        for kind, item in () if self.clearing else started:
+            self.emit({"type": "queue_item_started", "kind": kind, "item": item, "queueVersion": self.queue["version"]})
+        self.emit({"type": "queue_state", "queue": self.queue})
+
+    BEFORE: dict[str, Callable[[LiveSession, Json], None]] = {
+        "agent_start": _on_agent_start, "agent_end": _on_agent_end, "agent_settled": idle, "queue_update": _on_queue,
+        "auto_retry_start": _on_wait, "compaction_start": _on_wait, "auto_compaction_start": _on_wait,
+        "auto_retry_end": _on_wait_over, "compaction_end": _on_wait_over, "auto_compaction_end": _on_wait_over,
+        "tool_execution_start": _on_tool_start, "message_start": _on_message_start, "message_end": _on_message_end,
+        "session_info_changed": _on_renamed, "thinking_level_changed": _on_thinking,
+    }
+
+    # the gate
+
+    def _on_dialog(self, event: Json) -> None:
+        question = gate_question(event)
+        if question is None:
+            self._on_extension_dialog(event)
+        elif question.get("hello"):
+            self.gated.set()
+            self.pi.send({"type": "extension_ui_response", "id": event.get("id"), "cancelled": True})
+        else:
+            self._on_gate(event.get("id"), question)
+
+    def _on_gate(self, request_id: Any, question: Json) -> None:
+        """Judge one tool call; whatever goes wrong here is a no."""
+        tool, call_id, given = (question.get(name) for name in ("tool", "toolCallId", "input"))
+        if not (isinstance(tool, str) and isinstance(call_id, str) and call_id and isinstance(given, dict)):
+            self.pi.send(gate_answer(request_id, call_id, "deny", "Malformed question of the gate"))
+            return
+        if call_id in self.asked:
+            self.pi.send(gate_answer(request_id, call_id, "deny", "This call was asked about already"))
+            return
+        call = Call(tool, given)
+        try:
+            verdict = evaluate(call, self.context())
+        except Exception as error:
+            log("gate", f"{self.id}: {type(error).__name__}: {error}")
+            verdict = Verdict("deny", "high", "The policy failed on this call", "hard_deny")
+        if verdict.action == "ask":
+            self.asked[call_id] = "asked"
+            self.sessions.approvals.ask(self, call, call_id, request_id, verdict)
+            return
+        self.asked[call_id] = "asked"
+        self.sessions.approvals.audit(self, call, verdict.action, "policy", verdict)
+        self.settle(call_id, request_id, verdict.action, verdict.reason)
+
+    def settle(self, call_id: str, request_id: Any, action: str, reason: str) -> None:
+        """Give the gate its verdict, once."""
+        if self.asked.get(call_id) != "asked":
+            return
+        self.asked[call_id] = "allowed" if action == "allow" else "denied"
+        self.pi.send(gate_answer(request_id, call_id, action, reason))
+
+    def _tripwire(self, event: Json) -> bool:
+        """End the session at once when a tool runs that was never allowed; True if it did."""
+        kind, call_id = event["type"], event.get("toolCallId")
+        if kind not in ("tool_execution_update", "tool_execution_end"):
+            return False
+        state = self.asked.pop(str(call_id), "") if kind == "tool_execution_end" else self.asked.get(str(call_id), "")
+        result = event.get("partialResult") if kind == "tool_execution_update" else event.get("result")
+        content = obj(result).get("content")
+        ran = bool(block_text(content) or data_uris(content)) if kind.endswith("update") else event.get("isError") is not True
+        if state == "allowed" or not ran:
+            return False
+        tool = str(event.get("toolName") or "")
+        log("gate", f"{self.id}: tool {tool} ran without approval; the session is ended")
+        call = Call(tool, obj(event.get("args")))
+        verdict = Verdict("deny", "critical", "Ran without approval", "tripwire")
+        self.sessions.approvals.audit(self, call, "deny", "policy", verdict)
+        self.emit(
+            {
+                "type": "error",
+                "error": f"Security stop: the tool {tool} ran without approval. The session was ended.",
+                "code": "gate_bypassed",
+            }
+        )
+        self.pi.kill()
+        return True
+
+    # dialogs of extensions
+
+    def _on_extension_dialog(self, event: Json) -> None:
+        message = dialog_message(event)
+        if message["type"] == "extension_ui_request":
+            message["sessionId"] = self.id
+            self.dialogs[message["id"]] = message
+            timeout = event.get("timeout")
+            if isinstance(timeout, (int, float)):
+                asyncio.get_running_loop().call_later(timeout / 1000, self.dialogs.pop, message["id"], None)
+        self.emit(message)
+
+    def answer_dialog(self, body: Json) -> None:
+        """Pass a phone's answer on to the extension.  Raises NotFound for an unknown dialog."""
+        key = body.get("id")
+        if not isinstance(key, str) or self.dialogs.pop(key, None) is None:
+            raise NotFound(f"UI request not found: {key}")
+        answer: Json = {"type": "extension_ui_response", "id": key}
+        if isinstance(body.get("value"), str):
+            answer["value"] = body["value"]
+        elif isinstance(body.get("confirmed"), bool):
+            answer["confirmed"] = body["confirmed"]
+        else:
+            answer["cancelled"] = True
+        self.pi.send(answer)
+
+    def _drop_dialogs(self) -> None:
+        for key in list(self.dialogs):
+            del self.dialogs[key]
+            self.pi.send({"type": "extension_ui_response", "id": key, "cancelled": True})
+
+    # turns
+
+    def _ack(self, turn_id: str, stage: str, **more: Any) -> None:
+        if self.turns.advance(turn_id, stage) or stage == "accepted":
+            command = self.turns.turns[turn_id].command
+            self.emit({"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": stage, **more})
+
+    async def turn(self, command: str, body: Json, reply: Callable[[Json], None]) -> None:
+        """Run prompt, steer or follow_up.  `reply` gets the frames only this phone sees.
+        Raises OppiError for the failed result."""
+        payload = turn_payload(command, body)
+        turn_id, request = body.get("clientTurnId"), {k: body[k] for k in ("requestId",) if isinstance(body.get(k), str)}
+        content = token_hash(f"{command}:{dumps(payload)}")
+        if isinstance(turn_id, str) and turn_id:
+            known = self.turns.known(turn_id, command, content, now_ms())
+            if known:
+                ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": known.stage}
+                reply({**ack, "duplicate": True, **request})
+                reply(result(command, request))
+                return
+        else:
+            turn_id = "oppi-" + new_id(12)
+        self._check_turn(command)
+        self.turns.add(turn_id, command, content, now_ms(), payload["message"])
+        named = turn_id == body.get("clientTurnId")
+        if named:
+            self._ack(turn_id, "accepted", **request)
+        if command == "prompt":
+            count_prompt(self.record, payload["message"], now_ms())
+            self.save()
+        async with self.lane:
+            await self._hand_over(turn_id, command, payload, named, request, reply)
+
+    def _check_turn(self, command: str) -> None:
+        if self.ended:
+            raise NotFound(f"Session not active: {self.id}")
+        if not self.gated.is_set():
+            raise PiFailed("Permission gate not connected (state: unguarded). No prompt is sent to pi.")
+        if command != "prompt" and not self.running:
+            raise Conflict(f"{'Steer' if command == 'steer' else 'Follow-up'} requires an active streaming turn")
+
+    async def _hand_over(
+        self, turn_id: str, command: str, payload: Json, named: bool, request: Json, reply: Callable[[Json], None]
+    ) -> None:
+        """Write the turn to pi and acknowledge it: when pi accepts, or when it is held for too long to wait."""
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[str] = loop.create_future()
+
+        def dispatched() -> None:
+            if turn_id in self.turns.turns and self.turns.turns[turn_id].stage == "accepted":
+                if named:
+                    self._ack(turn_id, "dispatched", **request)
+                self.turns.advance(turn_id, "dispatched")
+                reply(result(command, request))
+
+        def responded(response: Json) -> None:
+            if response.get("success") is True:
+                dispatched()
+            if not answered.done():
+                answered.set_result("" if response.get("success") is True else str(response.get("error") or "refused"))
+
+        timer = loop.call_later(HELD_ACK_S, dispatched)
+        try:
+            await self.free.wait()
+            self.used = time.monotonic()
+            self.pi.call({"type": command, **payload}, responded)
+            failure = await answered
+        finally:
+            timer.cancel()
+        if failure:
+            turn = self.turns.turns.pop(turn_id, None)
+            if turn and turn.stage == "accepted":
+                raise PiFailed(failure)
+            self.emit({"type": "error", "error": f"{command}: {failure}"})
+
+    async def refresh(self) -> None:
+        """Read pi's state again, after it switched to another conversation."""
+        self.adopt(await self.pi.request({"type": "get_state"}))
+        self.save()
+
+    async def change_queue(self, body: Json) -> Json:
+        """Replace the queued messages (P87).  Raises Conflict for an old version, BadRequest for bad items."""
+        drafts = [(kind, queue_drafts(body, name)) for name, kind in (("steering", "steer"), ("followUp", "follow_up"))]
+        async with self.lane:
+            if body.get("baseVersion") != self.queue["version"]:
+                raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
+            if any(items for _, items in drafts) and not self.running:
+                raise Conflict("Message queue can only contain items while a turn is streaming")
+            self.clearing = True
+            try:
+                await self.pi.request({"type": "clear_queue"})
+            finally:
+                self.clearing = False
+            for kind, items in drafts:
+                for item in items:
+                    await self.pi.request({"type": kind, **item})
+        return self.queue
+
+    # stopping
+
+    def stop(self) -> None:
+        """Abort the current turn; the session stays."""
+        if self.stop_mode:
+            return
+        if not self.running:
+            self.emit({"type": "stop_confirmed", "source": "user", "reason": "Session already idle"})
+            return
+        self.stop_mode, self.busy_before_stop = "abort", self.record["status"]
+        self.set_status("stopping")
+        self.emit({"type": "stop_requested", "source": "user"})
+        self.emit(STATE)
+        self._drop_dialogs()
+        self._abort()
+        self._timers["stop"] = asyncio.get_running_loop().call_later(ABORT_S, self._stop_again)
+
+    def _abort(self) -> None:
+        """Empty the queue (P87) and abort.  A pending question of the gate ends inside pi, and so here."""
+
+        def cleared(response: Json) -> None:
+            self.clearing = False
+
+        if self.queue["steering"] or self.queue["followUp"]:
+            self.clearing = True
+            self.pi.call({"type": "clear_queue"}, cleared)
+        self.pi.send({"type": "abort_bash"})
+        self.pi.call({"type": "abort"}, lambda response: None)
+        self.sessions.approvals.cancel(self, "Stopped by user")
+
+    def _stop_again(self) -> None:
+        reason = f"Graceful stop timed out after {ABORT_S * 1000:.0f}ms; aborting again"
+        self.emit({"type": "stop_requested", "source": "server", "reason": reason})
+        self.pi.call({"type": "abort"}, lambda response: None)
+        self._timers["stop"] = asyncio.get_running_loop().call_later(ABORT_AGAIN_S, self._stop_failed)
+
+    def _stop_failed(self) -> None:
+        self.stop_mode = ""
+        self.set_status(self.busy_before_stop)
+        self.emit(STATE)
+        reason = "Stop timed out — pi did not end the turn. Stop the session to end it by force."
+        self.emit({"type": "stop_failed", "source": "server", "reason": reason})
+
+    async def terminate(self, source: str = "user") -> None:
+        """End the session and its pi; returns when both are gone."""
+        if self.stop_mode != "terminate" and not self.ended:
+            if not self.stop_mode:
+                self.set_status("stopping")
+                self.emit({"type": "stop_requested", "source": source})
+                self.emit(STATE)
+            self.stop_mode = "terminate"
+            self._cancel_timer("stop")
+            self._drop_dialogs()
+            if self.running:
+                self._abort()
+                with contextlib.suppress(PiFailed):
+                    await self.pi.request({"type": "get_state"}, 2)  # answered after the abort took its effect
+            await self.pi.end()
+        await self.pi.exited.wait()
+        while not self.ended:
+            await asyncio.sleep(0)
+
+    def _on_exit(self, code: int, complaint: str) -> None:
+        """pi has ended, by itself or not: nothing of the session may stay behind."""
+        self.exit_text = complaint
+        if self.ended:
+            return
+        self.flush()
+        self.ended, self.running = True, False
+        for name in list(self._timers):
+            self._cancel_timer(name)
+        self.dialogs.clear()
+        self.sessions.approvals.cancel(self, "Session ended")
+        reason = "stopped" if self.stop_mode == "terminate" else "completed" if code == 0 else "error"
+        if reason == "error":
+            log("session", f"{self.id}: pi ended with code {code}: {complaint[-500:]}")
+            self.emit({"type": "error", "error": f"pi ended unexpectedly (code {code}). {complaint[-300:]}".strip()})
+        if self.stop_mode == "terminate":
+            self.emit({"type": "stop_confirmed", "source": "user"})
+        elif self.stop_mode == "abort":
+            text = f"Session ended before stop completed ({reason})"
+            self.emit({"type": "stop_failed", "source": "server", "reason": text})
+        self.record["status"] = "stopped"
+        self.emit({"type": "session_ended", "reason": reason})
+        self.record["oppi"]["seq"] = self.log.seq
+        self.set_status("stopped")
+        self.sessions.gone(self)
+
+
+def result(command: str, request: Json, data: Any = None, error: str = "") -> Json:
+    """A command_result; `request` is {} or {requestId}."""
+    found: Json = {"type": "command_result", "command": command, **request, "success": not error}
+    if data is not None:
+        found["data"] = data
+    return {**found, "error": error} if error else found
+
+
+def images_of(value: Any) -> list[Json]:
+    """Images of a client in pi's form.  Raises BadRequest."""
+    images = [obj(image) for image in arr(value)]
+    good = all(isinstance(image.get(k), str) for image in images for k in ("data", "mimeType"))
+    if not good or (value is not None and not isinstance(value, list)):
+        raise BadRequest("images must be a list of {data, mimeType}")
+    return [{"type": "image", "data": image["data"], "mimeType": image["mimeType"]} for image in images]
+
+
+def turn_payload(command: str, body: Json) -> Json:
+    """What pi is sent for a turn command.  Raises BadRequest.  A prompt that meets a running turn is
+    queued behind it, so no race with the end of the last turn can lose it."""
+    if not isinstance(body.get("message"), str):
+        raise BadRequest("message must be a string")
+    payload: Json = {"message": body["message"]}
+    images = images_of(body.get("images"))
+    if images:
+        payload["images"] = images
+    if command == "prompt":
+        behavior = body.get("streamingBehavior") or "followUp"
+        if behavior not in ("steer", "followUp"):
+            raise BadRequest("streamingBehavior must be steer or followUp")
+        payload["streamingBehavior"] = behavior
+    return payload
+
+
+def queue_drafts(body: Json, name: str) -> list[Json]:
+    items = body.get(name)
+    if not isinstance(items, list) or not all(isinstance(i, dict) and isinstance(i.get("message"), str) for i in items):
+        raise BadRequest(f"{name} must be a list of items with a message")
+    return [turn_payload("steer", item) for item in items]
+
+
+def end_line(path: str) -> str:
+    """Make a session file end with a newline (P73 would glue its next entry to a half line), and
+    return the directory its header names, "" if it has none."""
+    try:
+        with open(path, "r+b") as file:
+            head = file.readline(65536)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+        return str(obj(parse_json(head)).get("cwd") or "")
+    except (OSError, ValueError):
+        return ""
+
+
+class Sessions:
+    """All sessions: starts and ends them, one start at a time each, within the limits."""
+
+    def __init__(self, store: Store, settings: Callable[[], Settings], pi: PiInfo, hub: Hub, approvals: Approvals) -> None:
+        self.store, self.settings, self.pi, self.hub, self.approvals = store, settings, pi, hub, approvals
+        self.active: dict[str, LiveSession] = {}
+        self.starting: dict[str, asyncio.Task[LiveSession]] = {}
+        self.closing = False
+
+    def record(self, session_id: str) -> Json:
+        """Raises NotFound."""
+        record = self.store.sessions.get(session_id)
+        if record is None:
+            raise NotFound(f"Session not found: {session_id}")
+        return record
+
+    def workspace_of(self, record: Json) -> Json:
+        return self.store.workspaces.get(str(record.get("workspaceId")), {})
+
+    def seq(self, session_id: str) -> int:
+        """Highest seq a session may have used."""
+        live = self.active.get(session_id)
+        return live.log.seq if live else whole((self.record(session_id).get("oppi") or {}).get("seq"))
+
+    async def start(self, session_id: str) -> LiveSession:
+        """The running session, started if need be.  Raises NotFound, SessionLimit or PiFailed."""
+        live = self.active.get(session_id)
+        if live and live.stop_mode == "terminate":
+            await live.terminate()
+            live = None
+        if live:
+            live.used = time.monotonic()
+            return live
+        task = self.starting.get(session_id)
+        if task is None:
+            record = self.record(session_id)
+            self._check_limits(record)
+            task = self.starting[session_id] = asyncio.ensure_future(self._start(record))
+            task.add_done_callback(lambda done: self._started(session_id, done))
+        return await asyncio.shield(task)
+
+    def _started(self, session_id: str, done: asyncio.Task[LiveSession]) -> None:
+        self.starting.pop(session_id, None)
+        if not done.cancelled():
+            done.exception()  # whoever waits is told; nobody may wait any more
+
+    async def _start(self, record: Json) -> LiveSession:
+        previous = record.get("status")
+        live = LiveSession(self, record, self.workspace_of(record))
+        record["status"] = "starting"
+        try:
+            await live.start()
+        except BaseException:
+            record["status"] = previous if previous in ("stopped", "error") else "stopped"
+            self.store.save_session(record)
+            raise
+        if live.ended:
+            raise PiFailed(f"pi exited before ready: {live.id}. {live.exit_text[:500]}")
+        self.active[live.id] = live
+        return live
+
+    def _check_limits(self, record: Json) -> None:
+        if self.closing:
+            raise Unavailable("Server shutting down")
+        running = [self.record(key) for key in {*self.active, *self.starting}]
+        settings, workspace = self.settings(), record.get("workspaceId")
+        limits = (
+            ("Global", "SESSION_LIMIT_GLOBAL", len(running), settings["maxSessionsGlobal"]),
+            (
+                "Workspace",
+                "SESSION_LIMIT_WORKSPACE",
+                sum(r.get("workspaceId") == workspace for r in running),
+                settings["maxSessionsPerWorkspace"],
+            ),
+        )
+        for name, code, count, limit in limits[::-1]:
+            if count >= limit:
+                raise SessionLimit(f"{name} session limit reached ({limit})", code)
+
+    async def command_line(self, record: Json, workspace: Json) -> tuple[list[str], str, dict[str, str]]:
+        """(argv, working directory, environment) of a session's pi.  Raises PiFailed."""
+        if workspace.get("runtime") in ("container", "sandbox"):
+            raise PiFailed("This workspace runs in a container, which this server cannot start yet. Set its runtime to host.")
+        program = self.pi.path()
+        if not program:
+            raise PiFailed(f"pi is not installed. Install it on the server with: {PI_INSTALL}")
+        cwd = os.path.expanduser(workspace.get("hostMount") or "~")
+        if not os.path.isdir(cwd):
+            raise PiFailed(f"Host workspace path not found: {cwd}")
+        folder = self.store.path("pi", record["id"])
+        file = next(
+            (f for f in (record.get("piSessionFile"), *(record.get("piSessionFiles") or [])[::-1]) if f and os.path.exists(f)), ""
+        )
+        recorded = await asyncio.get_running_loop().run_in_executor(None, self._prepare, folder, file, workspace)
+        argv = [program] + pi_arguments(
+            self.store.path("pi", "oppi-gate.js"),
+            folder,
+            file,
+            str(record.get("model") or ""),
+            str(record.get("thinkingLevel") or ""),
+            skill_dirs(workspace),
+            extension_paths(workspace),
+            os.path.join(folder, "prompt.md") if workspace.get("systemPrompt") else "",
+            str(workspace.get("systemPromptMode") or "append"),
+            await self.pi.known_version(),
+        )
+        env = {**host_environment(self.settings(), self.store.root), "OPPI_SESSION": record["id"], "OPPI_OWNER": self.store.root}
+        return argv, recorded if recorded and os.path.isdir(recorded) else cwd, env
+
+    def _prepare(self, folder: str, file: str, workspace: Json) -> str:
+        """Write what pi is started with; the directory the session was recorded in."""
+        make_private(folder)
+        write_file(self.store.path("pi", "oppi-gate.js"), GATE_EXTENSION.encode())
+        if workspace.get("systemPrompt"):
+            write_file(os.path.join(folder, "prompt.md"), str(workspace["systemPrompt"]).encode("utf-8", "replace"))
+        return end_line(file) if file else ""
+
+    def gone(self, live: LiveSession) -> None:
+        """A session's pi has ended: forget it, and end what the pi may have left running."""
+        if self.active.get(live.id) is live:
+            del self.active[live.id]
+        if not self.closing:
+            mark = f"OPPI_SESSION={live.id}"
+            asyncio.get_running_loop().run_in_executor(None, end_marked, mark)
+
+    def create(self, workspace: Json, body: Json) -> Json:
+        """A new session record, status `starting`; nothing is launched."""
+        wanted = [body.get("model"), workspace.get("lastUsedModel"), workspace.get("defaultModel")]
+        model = next((m for m in wanted if isinstance(m, str) and m.strip()), None)
+        default = self.settings()["defaultModel"]
+        if model is None and any(m["id"] == default for m in self.pi.models):
+            model = default
+        now = now_ms()
+        record: Json = {"id": new_id(), "workspaceId": workspace["id"], "workspaceName": workspace.get("name")}
+        record.update(status="starting", createdAt=now, lastActivity=now, messageCount=0, tokens=dict(NO_TOKENS), cost=0)
+        record.update(runtime="host", oppi={"seq": 0})
+        optional = {
+            "name": body.get("name"),
+            "model": model,
+            "thinkingLevel": body.get("thinking"),
+            "parentSessionId": body.get("parentSessionId"),
+        }
+        record.update({k: v for k, v in optional.items() if isinstance(v, str) and v.strip()})
+        record["contextWindow"] = self.pi.window(str(model or ""))
+        self.store.sessions[record["id"]] = record
+        self.store.save_session(record)
+        return record
+
+    async def stop(self, session_id: str) -> Json:
+        """End a session's pi, or mark a stale record stopped; the record."""
+        record = self.record(session_id)
+        task = self.starting.get(session_id)
+        if task:
+            with contextlib.suppress(Exception):
+                await asyncio.shield(task)
+        live = self.active.get(session_id)
+        if live:
+            await live.terminate()
+        else:
+            record.update(status="stopped", lastActivity=now_ms())
+            self.store.save_session(record)
+        return record
+
+    async def delete(self, session_id: str) -> None:
+        """End and forget a session.  pi's own file stays."""
+        await self.stop(session_id)
+        self.store.sessions.pop(session_id, None)
+        self.store.rules[:] = [r for r in self.store.rules if r.get("sessionId") != session_id]
+        self.store.forget("sessions", session_id)
+        self.hub.publish({"type": "session_deleted", "sessionId": session_id}, everyone=True)
+
+    async def entries(self, session_id: str) -> list[Json]:
+        """Entries of a session's files; of pi's memory while there is no file yet."""
+        record = self.record(session_id)
+        files = sorted(
+            {f for f in [record.get("piSessionFile"), *(record.get("piSessionFiles") or [])] if f and os.path.exists(f)}
+        )
+        found: list[Json] = await asyncio.get_running_loop().run_in_executor(None, read_entries, files)
+        live = self.active.get(session_id)
+        if not found and live:
+            with contextlib.suppress(PiFailed):
+                data = await live.pi.request({"type": "get_messages"})
+                found = live_entries(arr(obj(data).get("messages")))
+        return found
+
+    def tick(self) -> None:
+        """Once a second: stop what has been idle too long, keep busy sockets alive."""
+        limit = self.settings()["sessionIdleTimeoutMs"] / 1000
+        for live in list(self.active.values()):
+            live.breathe()
+            waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or not live.free.is_set()
+            if not live.running and not waiting and not live.stop_mode and time.monotonic() - live.used > limit:
+                log("session", f"{live.id}: idle for {limit:.0f} s, stopping")
+                asyncio.ensure_future(live.terminate("server"))
+
+    async def close(self) -> None:
+        """End every session, all at once, and every process any of them left."""
+        self.closing = True
+        for task in list(self.starting.values()):
+            task.cancel()
+        await asyncio.gather(*(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
+        mark = f"OPPI_OWNER={self.store.root}"
+        await asyncio.get_running_loop().run_in_executor(None, end_marked, mark)
+
+
+def read_entries(files: Sequence[str]) -> list[Json]:
+    """Entries of session files, one after the other.  Runs on a thread."""
+    entries: list[Json] = []
+    for path in files:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            entries += parse_entries(file)
+    return entries
+
+
+def live_entries(messages: Sequence[Any]) -> list[Json]:
+    """pi's messages as if they were entries of a file."""
+    found: list[Json] = []
+    for number, message in enumerate(m for m in messages if isinstance(m, dict)):
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(whole(message.get("timestamp")) / 1000))
+        entry = {"type": "message", "id": f"live-{number}", "parentId": f"live-{number - 1}" if number else None}
+        found.append({**entry, "timestamp": stamp, "message": message})
+    return found
+
+
+# ═════════════════════════════════════════ 16. Edge ══════════════════════════════════════
+# HTTP/1.1 and WebSocket on one port.  A connection reads one request at a time, within bounds on
+# every part of it; the token is checked before a body is read.  An upgrade hands the bytes to the
+# sans-I/O protocol of `websockets`.  A malformed request gets a 4xx and nothing else happens.
+
+HEAD_LIMIT = 32 * 1024  # bytes of request line and headers
+BODY_LIMIT = 24 * 1024 * 1024  # bytes; a session may be created with images
+OPEN_BODY_LIMIT = 4 * 1024  # the same without a token
+FRAME_LIMIT = 16 * 1024 * 1024
+CONNECTIONS = 512
+HEAD_TIME_S, IDLE_TIME_S = 20.0, 75.0
+PING_S, PINGS_MISSED = 30, 3
+TASKS_PER_SOCKET = 256
+WRITE_HIGH = 512 * 1024  # bytes the kernel has not taken, after which a socket's messages wait in its outbox
+CORS = (
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+    ("Access-Control-Allow-Headers", "Authorization, Content-Type"),
+    ("X-Oppi-Protocol", "2"),
+)
+REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+           404: "Not Found", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 429: "Too Many Requests",
+           431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}
+
+
+class Request:
+    """One HTTP request.  `parts` are the decoded path segments, `query` the decoded parameters."""
+
+    def __init__(self, method: str, target: str, headers: dict[str, str], peer: str) -> None:
+        import urllib.parse
+
+        self.method, self.headers, self.peer = method, headers, peer
+        path, _, self.raw_query = target.partition("?")
+        self.path = path
+        self.parts = [urllib.parse.unquote(part, errors="strict") for part in path.split("/")[1:]]
+        self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
+        self.body = b""
+
+    def json(self) -> Json:
+        """The body as an object; {} when empty.  Raises BadRequest."""
+        try:
+            value = parse_json(self.body) if self.body.strip() else {}
+        except ValueError:
+            raise BadRequest("Invalid JSON") from None
+        if not isinstance(value, dict):
+            raise BadRequest("Request body must be a JSON object")
+        return value
+
+    def whole_number(self, name: str, default: int, text: str) -> int:
+        value = self.query.get(name, str(default))
+        if not re.fullmatch(r"\d{1,15}", value):
+            raise BadRequest(text)
+        return int(value)
+
+
+def parse_head(head: bytes, peer: str) -> Request:
+    """Request line and headers.  Raises BadRequest for anything that is not plain HTTP/1.1."""
+    lines = head.decode("latin-1").split("\r\n")
+    match = re.fullmatch(r"([A-Z]{1,16}) (\*|/(?!/)[!-~]*) HTTP/1\.[01]", lines[0])
+    if not match:
+        raise BadRequest("Malformed request line")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        field = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*", line)
+        if not field:
+            raise BadRequest("Malformed header")
+        name = field.group(1).lower()
+        if name in headers and name in ("host", "content-length", "authorization", "transfer-encoding", "origin"):
+            raise BadRequest(f"Repeated header: {name}")
+        headers[name] = field.group(2)
+    if not re.fullmatch(r"[A-Za-z0-9._~-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?", headers.get("host", "")):
+        raise BadRequest("Malformed Host")
+    try:
+        return Request(match.group(1), match.group(2), headers, peer)
+    except UnicodeDecodeError:
+        raise BadRequest("Malformed path") from None
+
+
+class Reply(NamedTuple):
+    """What a handler answers when it is not plain JSON with status 200."""
+
+    status: int
+    body: Any = None  # JSON value, or bytes of JSON made elsewhere
+    close: bool = False
+
+
+def response_bytes(reply: Reply, zip_it: bool) -> bytes:
+    """A whole HTTP response.  May be slow for a large body; see Connection._answer."""
+    body = reply.body if isinstance(reply.body, bytes) else b"" if reply.status == 204 else encode(reply.body)
+    lines = [f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Unknown')}"]
+    lines += [f"{name}: {value}" for name, value in CORS]
+    if reply.status != 204:
+        if zip_it and len(body) >= 1024:
+            import zlib
+
+            packer = zlib.compressobj(1, wbits=31)
+            body = packer.compress(body) + packer.flush()
+            lines.append("Content-Encoding: gzip")
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff"]
+    lines.append("Connection: " + ("close" if reply.close else "keep-alive"))
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Connection:
+    """One TCP connection; an asyncio protocol.  Requests are served one after the other."""
+
+    def __init__(self, edge: Edge) -> None:
+        self.edge = edge
+        self.transport: Any = None
+        self.buffer = bytearray()
+        self.request: Request | None = None  # its head is read, its body is not
+        self.need = 0  # bytes of the body
+        self.busy = False  # a request is being answered
+        self.socket: Socket | None = None
+        self.timer: Any = None
+        self.peer = ""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        peer = transport.get_extra_info("peername") or ("",)
+        self.peer = str(peer[0])
+        self.edge.connections.add(self)
+        if len(self.edge.connections) > CONNECTIONS:
+            transport.abort()
+            return
+        transport.set_write_buffer_limits(high=WRITE_HIGH)
+        tcp = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._expect(HEAD_TIME_S)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.edge.connections.discard(self)
+        self._expect(0)
+        if self.socket:
+            self.socket.lost()
+
+    def pause_writing(self) -> None:
+        if self.socket:
+            self.socket.blocked = True
+
+    def resume_writing(self) -> None:
+        if self.socket:
+            self.socket.unblocked()
+
+    def eof_received(self) -> bool:
+        if self.socket:
+            self.socket.received(b"")
+        return False
+
+    def _expect(self, seconds: float) -> None:
+        """(Re)start the clock for what the peer must send next; 0 stops it."""
+        if self.timer:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_later(seconds, self.transport.abort) if seconds else None
+
+    def data_received(self, data: bytes) -> None:
+        if self.socket:
+            self.socket.received(data)
+            return
+        self.buffer += data
+        if self.busy:
+            if len(self.buffer) > HEAD_LIMIT:
+                self.transport.pause_reading()
+            return
+        try:
+            self._advance()
+        except OppiError as error:
+            self._refuse(error)
+
+    def _refuse(self, error: OppiError, status: int = 0) -> None:
+        """Answer an error and close: what follows on the connection cannot be trusted."""
+        self._expect(0)
+        self.transport.write(response_bytes(Reply(status or error.status, {"error": str(error)}, True), False))
+        self.transport.close()
+
+    def _advance(self) -> None:
+        """Go on with the request in the buffer as far as its bytes allow.  Raises OppiError."""
+        if self.request is None:
+            end = self.buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)
+            if end < 0:
+                if len(self.buffer) >= HEAD_LIMIT:
+                    self._refuse(BadRequest("Request header too large"), 431)
+                return
+            head = bytes(self.buffer[: end + 4])
+            self.request = parse_head(head[:-4], self.peer)
+            del self.buffer[: end + 4]
+            if "upgrade" in self.request.headers.get("connection", "").lower():
+                self._upgrade(head)
+                return
+            self.need = self._body_size(self.request)
+        if len(self.buffer) >= self.need:
+            request, self.request = self.request, None
+            request.body = bytes(self.buffer[: self.need])
+            del self.buffer[: self.need]
+            self.busy = True
+            self._expect(0)
+            asyncio.ensure_future(self._answer(request))
+
+    def _body_size(self, request: Request) -> int:
+        """Bytes of the body; the token is checked first, so that a stranger can send only little."""
+        if "transfer-encoding" in request.headers:
+            raise BadRequest("Transfer-Encoding is not supported; send Content-Length")
+        length = request.headers.get("content-length", "0")
+        if not re.fullmatch(r"\d{1,12}", length):
+            raise BadRequest("Malformed Content-Length")
+        limit = BODY_LIMIT
+        try:
+            self.edge.api.admit(request)
+        except Unauthorized:
+            limit = OPEN_BODY_LIMIT
+        if self.edge.api.open_route(request):
+            limit = OPEN_BODY_LIMIT
+        if int(length) > limit:
+            raise TooLarge("Request body too large")
+        if request.headers.get("expect", "").lower() == "100-continue":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return int(length)
+
+    async def _answer(self, request: Request) -> None:
+        reply = await self.edge.api.respond(request)
+        closing = reply.close or request.headers.get("connection", "").lower() == "close" or self.edge.closing
+        reply = reply._replace(close=closing)
+        zip_it = "gzip" in request.headers.get("accept-encoding", "")
+        if isinstance(reply.body, bytes) and len(reply.body) > 65536:
+            data = await asyncio.get_running_loop().run_in_executor(None, response_bytes, reply, zip_it)
+        else:
+            data = response_bytes(reply, zip_it)
+        if self.transport.is_closing():
+            return
+        self.transport.write(data)
+        self.busy = False
+        if closing:
+            self.transport.close()
+            return
+        self._expect(IDLE_TIME_S)
+        self.transport.resume_reading()
+        self.data_received(b"")
+
+    def _upgrade(self, head: bytes) -> None:
+        """Turn into a WebSocket, if path, token and origin are right.  Raises OppiError otherwise."""
+        request, self.request = self.request, None
+        assert request is not None
+        try:
+            principal = self.edge.api.admit(request)
+            dialect, session_id = self.edge.api.socket_route(request)
+        except Unauthorized as error:
+            log("auth", f"401 WS upgrade {request.path} — auth: {'present' if 'authorization' in request.headers else 'missing'}")
+            data = response_bytes(Reply(401, {"error": str(error)}, True), False)
+            self.transport.write(data.replace(b"\r\n", b'\r\nWWW-Authenticate: Bearer realm="oppi"\r\n', 1))
+            self.transport.close()
+            return
+        self._expect(0)
+        self.socket = Socket(self, dialect, principal, session_id)
+        self.socket.received(head)
+        if self.buffer:
+            self.socket.received(bytes(self.buffer))
+            self.buffer.clear()
+
+
+class Socket:
+    """One phone on a WebSocket.  `dialect` says how it is spoken to, `principal` whose token it used."""
+
+    def __init__(self, connection: Connection, dialect: str, principal: str, session_id: str) -> None:
+        import logging
+
+        from websockets.server import ServerProtocol
+
+        quiet = logging.getLogger("oppi.websockets")
+        quiet.setLevel(logging.CRITICAL)
+        self.connection, self.dialect, self.principal, self.session_id = connection, dialect, principal, session_id
+        self.api = connection.edge.api
+        self.protocol: Any = ServerProtocol(max_size=FRAME_LIMIT, logger=quiet)
+        self.outbox = Outbox()
+        self.subscriptions: dict[str, str] = {}  # session id -> full or notifications
+        self.subscribed_at: deque[float] = deque(maxlen=30)
+        self.blocked = self.open = False
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.ready = asyncio.Event()  # set once the first frames of a per-session socket are out
+        self.missed = 0  # pings without a pong
+        self._partial = b""
+
+    # what Hub needs
+
+    def level(self, session_id: str) -> str:
+        return self.subscriptions.get(session_id, "")
+
+    def deliver(self, message: Json, shared: dict[str, bytes] | None = None) -> None:
+        """Send a message now, or keep it while the phone is slow.  `shared` holds the bytes other
+        phones of a dialect were sent."""
+        wire = render(message, self.dialect)
+        if wire is None or not self.open:
+            return
+        if not self.blocked and not self.outbox.waiting:
+            data = shared.get(self.dialect) if shared is not None else None
+            if data is None:
+                data = encode(wire)
+                if shared is not None:
+                    shared[self.dialect] = data
+            self._send(data)
+        elif not self.outbox.push(wire, len(wire.get("delta") or ()) or len(encode(wire))):
+            log("socket", "a phone is too slow; closing its socket so that it catches up")
+            self.outbox.waiting.clear()
+            self.connection.transport.abort()
+
+    def unblocked(self) -> None:
+        self.blocked = False
+        waiting = self.outbox.waiting
+        while waiting and not self.blocked:
+            self._send(encode(waiting.popleft()))
+        if not waiting:
+            self.outbox.size = 0
+
+    def _send(self, data: bytes) -> None:
+        self.protocol.send_text(data)
+        self._write()
+
+    def _write(self) -> None:
+        for data in self.protocol.data_to_send():
+            if data:
+                self.connection.transport.write(data)
+        if self.protocol.close_expected():
+            self._expect_close()
+
+    def _expect_close(self) -> None:
+        self.open = False
+        asyncio.get_running_loop().call_later(1, self.connection.transport.close)
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the peer; b"" at its end."""
+        if data:
+            self.protocol.receive_data(data)
+        else:
+            self.protocol.receive_eof()
+        for event in self.protocol.events_received():
+            if hasattr(event, "opcode"):
+                self._on_frame(event)
+            else:
+                self._on_handshake(event)
+        if self.connection.transport.is_closing():
+            return
+        if self.protocol.handshake_exc is not None:
+            self.connection.transport.close()
+        else:
+            self._write()
+
+    def _on_handshake(self, request: Any) -> None:
+        response = self.protocol.accept(request)
+        self.protocol.send_response(response)
+        if response.status_code == 101:
+            self._write()
+            self.open = True
+            self.api.connected(self)
+        else:
+            self._write()
+            self.connection.transport.close()
+
+    def _on_frame(self, frame: Any) -> None:
+        if frame.opcode == 10:  # pong
+            self.missed = 0
+        elif frame.opcode == 2:
+            self.close(1003, "Binary frames not supported")
+        elif frame.opcode in (0, 1) and self.open:
+            self._partial += frame.data
+            if frame.fin:
+                data, self._partial = self._partial, b""
+                self._on_text(data)
+
+    def _on_text(self, data: bytes) -> None:
+        if len(self.tasks) >= TASKS_PER_SOCKET:
+            self.close(1008, "Too many messages at once")
+            return
+        task = asyncio.ensure_future(self.api.message(self, data))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def ping(self) -> None:
+        """Called every PING_S: ask for a sign of life, give up after PINGS_MISSED without one."""
+        self.missed += 1
+        if self.missed > PINGS_MISSED:
+            self.connection.transport.abort()
+        elif self.open:
+            self.protocol.send_ping(b"oppi")
+            self._write()
+
+    def close(self, code: int, reason: str) -> None:
+        if self.open:
+            self.open = False
+            self.protocol.send_close(code, reason)
+            self._write()
+            asyncio.get_running_loop().call_later(2, self.connection.transport.abort)
+
+    def lost(self) -> None:
+        self.open = False
+        self.api.disconnected(self)
+
+
+Client = Socket
+
+
+class Edge:
+    """The listening port and its connections."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self.connections: set[Connection] = set()
+        self.closing = False
+        self.server: Any = None
+
+    async def listen(self, host: str, port: int) -> int:
+        """Listen; the port.  Raises UsageError when that is impossible."""
+        try:
+            loop = asyncio.get_running_loop()
+            self.server = await loop.create_server(lambda: cast("asyncio.Protocol", Connection(self)), host, port, backlog=256)
+        except (OSError, OverflowError) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            raise UsageError(f"Cannot listen on {host} port {port}: {text}") from None
+        found: int = self.server.sockets[0].getsockname()[1]
+        return found
+
+    def sockets(self) -> list[Socket]:
+        return [c.socket for c in self.connections if c.socket]
+
+    async def close(self) -> None:
+        """Stop listening, close every WebSocket with 1001 and everything else after it."""
+        self.closing = True
+        self.server.close()
+        for client in self.sockets():
+            client.close(1001, "Server shutting down")
+        for _ in range(20):  # the peers answer the close within milliseconds, or are cut off
+            if not self.sockets():
+                break
+            await asyncio.sleep(0.05)
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+
+# ══════════════════════════════════════════ 17. API ══════════════════════════════════════
+# One table of routes, one table of socket commands.  Handlers validate, call the section above
+# that knows, and shape the answer as both apps decode it: responses are supersets, and only the
+# endpoint (or the kind of the device's token) tells the generation.
+
+WORKSPACE_TEXTS = ("description", "icon", "systemPrompt", "hostMount", "defaultModel")
+WORKSPACE_FIELDS = (
+    "id name description icon skills runtime policyPreset allowedPaths allowedExecutables systemPrompt systemPromptMode "
+    "hostMount memoryEnabled memoryNamespace extensions defaultModel lastUsedModel gitStatusEnabled sandboxConfig "
+    "createdAt updatedAt"
+).split()
+CLEARABLE = (*WORKSPACE_TEXTS, "sandboxConfig")
+SEEDS = (("general", "terminal", "A place for everyday work"), ("research", "magnifyingglass", "Reading and finding out"))
+MODEL_FIELDS = ("id", "name", "provider", "reasoning", "input", "contextWindow", "maxTokens")
+RESULT_LIMIT = 900 * 1024  # bytes of a result frame; phones refuse 1 MiB
+
+
+def _list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def check_workspace(body: Json, creating: bool) -> Json:
+    """The fields of a workspace body that are to be stored.  Raises BadRequest (http-api 3.3)."""
+
+    def refuse(bad: bool, text: str) -> None:
+        if bad:
+            raise BadRequest(text)
+
+    given = {k: v for k, v in body.items() if k in WORKSPACE_FIELDS and k not in ("id", "createdAt", "updatedAt")}
+    values = {k: v for k, v in given.items() if v is not None}
+    refuse(creating and not _is_text(values.get("name")) or "name" in given and not _is_text(given["name"]), "name required")
+    refuse(
+        creating and "skills" not in values or "skills" in given and not _list_of_text(given["skills"]), "skills array required"
+    )
+    known = {skill["name"] for skill in scan_skills(os.path.join(agent_dir(), "skills"))} if values.get("skills") else set()
+    unknown = [name for name in values.get("skills", []) if name not in known]
+    refuse(bool(unknown), f"Unknown skills: {', '.join(unknown)}")
+    refuse("extensions" in values and not _list_of_text(values["extensions"]), "extensions must be an array")
+    invalid = [n for n in values.get("extensions", []) if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", n.strip())]
+    refuse(bool(invalid), f"Invalid extension names: {', '.join(invalid)}")
+    runtime = values.get("runtime", "host")
+    refuse(runtime not in ("host", "container", "sandbox"), 'runtime must be "host" or "container"')
+    refuse(
+        values.get("policyPreset", "host") not in PRESETS,
+        "policyPreset must be one of: container, host, host_standard, host_locked",
+    )
+    refuse(values.get("systemPromptMode", "append") not in ("append", "replace"), "systemPromptMode must be append or replace")
+    namespace = values.get("memoryNamespace", "a")
+    refuse(
+        not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", str(namespace)),
+        "memoryNamespace must match [a-zA-Z0-9][a-zA-Z0-9._-]{0,63}",
+    )
+    for name in WORKSPACE_TEXTS:
+        refuse(not isinstance(values.get(name, ""), str), f"{name} must be a string")
+    for name in ("memoryEnabled", "gitStatusEnabled"):
+        refuse(not isinstance(values.get(name, True), bool), f"{name} must be boolean")
+    refuse(not isinstance(values.get("sandboxConfig", {}), dict), "sandboxConfig must be an object")
+    refuse(not _list_of_text(values.get("allowedExecutables", [])), "allowedExecutables must be an array")
+    check_allowed_paths(values.get("allowedPaths", []), refuse)
+    if "extensions" in values:
+        values["extensions"] = list(OrderedDict.fromkeys(name.strip() for name in values["extensions"]))
+    cleared = {k: None for k in CLEARABLE if k in given and given[k] is None and not creating}
+    return {**values, **cleared}
+
+
+def check_allowed_paths(paths: Any, refuse: Callable[[bool, str], None]) -> None:
+    refuse(not isinstance(paths, list), "allowedPaths must be an array")
+    for entry in paths:
+        refuse(not isinstance(entry, dict), "allowedPaths entries must be objects")
+        refuse(not _is_text(entry.get("path")), "allowedPaths entries require a non-empty path")
+        refuse(entry.get("access") not in ("read", "readwrite"), "allowedPaths access must be read or readwrite")
+
+
+def workspace_wire(record: Json, dialect: str, skills: set[str]) -> Json:
+    """A workspace as the apps decode it; app 1.1 knows a container as `sandbox`."""
+    wire = {name: record[name] for name in WORKSPACE_FIELDS if record.get(name) is not None}
+    container = record.get("runtime") in ("container", "sandbox")
+    wire["runtime"] = ("container" if dialect == "1.0" else "sandbox") if container else "host"
+    wire["skills"] = [s for s in record.get("skills") or [] if s in skills]
+    if wire.get("systemPromptMode") not in ("append", "replace"):
+        wire.pop("systemPromptMode", None)
+    for name in ("createdAt", "updatedAt"):
+        wire[name] = whole(record.get(name))
+    return wire
+
+
+def safe_model(model: Any) -> Any:
+    """A model of pi without its private addresses and headers."""
+    return {k: model[k] for k in MODEL_FIELDS if k in model} if isinstance(model, dict) else model
+
+
+class Pass(NamedTuple):
+    """A socket command that is pi's own: required and optional fields (name -> type), and what follows it."""
+
+    required: dict[str, type] = {}
+    optional: dict[str, type] = {}
+    after: str = ""  # name of an Api method
+    limit_s: float = CALL_LIMIT_S
+
+
+PASS = {
+    "get_messages": Pass(),
+    "get_session_stats": Pass(),
+    "get_available_models": Pass(after="_after_models"),
+    "set_model": Pass({"provider": str, "modelId": str}, after="_after_model"),
+    "cycle_model": Pass(after="_after_model"),
+    "set_thinking_level": Pass({"level": str}, after="_after_thinking"),
+    "cycle_thinking_level": Pass(after="_after_thinking"),
+    "new_session": Pass(after="_after_switch"),
+    "switch_session": Pass({"sessionPath": str}, after="_after_switch"),
+    "fork": Pass({"entryId": str}, after="_after_switch", limit_s=30),
+    "get_fork_messages": Pass(),
+    "set_session_name": Pass({"name": str}, after="_after_name"),
+    "compact": Pass({}, {"customInstructions": str}, limit_s=LONG_LIMIT_S),
+    "set_auto_compaction": Pass({"enabled": bool}),
+    "set_auto_retry": Pass({"enabled": bool}),
+    "set_steering_mode": Pass({"mode": str}),
+    "set_follow_up_mode": Pass({"mode": str}),
+    "abort_retry": Pass(),
+    "abort_bash": Pass(),
+    "bash": Pass({"command": str}, limit_s=LONG_LIMIT_S),
+    "get_commands": Pass(after="_after_commands"),
+}
+CHOICES = {"level": THINKING_LEVELS, "mode": ("all", "one-at-a-time")}
+
+
+class Api:
+    """The handlers.  `server` has the parts: store, settings, access, sessions, approvals, hub, pi."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.limit = PairingLimit()
+        self.routes = [(method, pattern.split("/")[1:], getattr(self, name)) for method, pattern, name in ROUTES]
+
+    # who may
+
+    def admit(self, request: Request) -> str:
+        """The principal of a request's token.  Raises Unauthorized."""
+        given = request.headers.get("authorization", "")
+        principal = self.server.principal(given[7:]) if given.startswith("Bearer ") and len(given) > 7 else ""
+        if not principal:
+            raise Unauthorized("Unauthorized")
+        return principal
+
+    def open_route(self, request: Request) -> bool:
+        """Whether a request needs no token."""
+        return request.path == "/health" or request.method == "OPTIONS" or (request.method, request.path) == ("POST", "/pair")
+
+    def dialect_of(self, request: Request) -> str:
+        return self.server.dialect_of(self.admit(request))
+
+    async def respond(self, request: Request) -> Reply:
+        """The answer to a request; never raises."""
+        try:
+            if request.method == "OPTIONS":
+                return Reply(204)
+            if not self.open_route(request):
+                self.admit(request)
+            found = await self._route(request)
+            return found if isinstance(found, Reply) else Reply(200, found)
+        except Unauthorized as error:
+            log(
+                "auth",
+                f"401 {request.method} {request.path} — auth: {'present' if 'authorization' in request.headers else 'missing'}",
+            )
+            return Reply(401, {"error": str(error)})
+        except OppiError as error:
+            return Reply(error.status, {"error": str(error), **({"code": error.code} if error.code else {})})
+        except Exception as error:
+            log("http", f"{request.method} {request.path}: {type(error).__name__}: {error}")
+            return Reply(500, {"error": "Internal error"})
+
+    async def _route(self, request: Request) -> Any:
+        for method, pattern, handler in self.routes:
+            if method in (request.method, "*") and len(pattern) == len(request.parts):
+                pairs = list(zip(pattern, request.parts))
+                if all(name == part or (name.startswith(":") and part) for name, part in pairs):
+                    return await handler(request, *[part for name, part in pairs if name.startswith(":")])
+        raise NotFound("Not found")
+
+    # identity, server, pairing
+
+    async def health(self, request: Request) -> Json:
+        return {"ok": True, "protocol": 2}
+
+    async def pair(self, request: Request) -> Any:
+        now = time.monotonic()
+        if self.limit.blocked(request.peer, now):
+            raise TooManyRequests("Too many invalid pairing attempts. Try again later.")
+        token = request.json().get("pairingToken")
+        if not _is_text(token):
+            raise BadRequest("pairingToken required")
+        device = self.server.redeem(str(token).strip())
+        if not device:
+            self.limit.failed(request.peer, now)
+            raise Unauthorized("Invalid or expired pairing token")
+        self.limit.cleared(request.peer)
+        return {"deviceToken": device}
+
+    async def me(self, request: Request) -> Json:
+        return {"user": "owner", "name": short_host()}
+
+    async def server_info(self, request: Request) -> Json:
+        server = self.server
+        uname = os.uname()
+        version = ".".join(map(str, server.pi.version)) or "unknown"
+        sessions = server.store.sessions.values()
+        info: Json = {"name": short_host(), "version": __version__, "uptime": int(time.monotonic() - server.started)}
+        info.update(os=uname.sysname.lower(), arch={"x86_64": "x64", "aarch64": "arm64"}.get(uname.machine, uname.machine))
+        info.update(hostname=socket.gethostname(), nodeVersion=f"python {sys.version.split()[0]}", piVersion=version)
+        info["configVersion"] = server.settings["configVersion"]
+        info["identity"] = {"fingerprint": server.fingerprint, "keyId": server.settings["identity.keyId"], "algorithm": "ed25519"}
+        info["stats"] = {
+            "workspaceCount": len(server.store.workspaces),
+            "activeSessionCount": sum(s.get("status") not in ("stopped", "error") for s in sessions),
+            "totalSessionCount": len(sessions),
+            "skillCount": len(self._skills()),
+            "modelCount": len(server.pi.models),
+        }
+        return info
+
+    async def security_profile(self, request: Request) -> Json:
+        settings = self.server.settings
+        names = ("requireTlsOutsideTailnet", "allowInsecureHttpInTailnet", "requirePinnedServerIdentity")
+        identity = {name: settings[f"identity.{name}"] for name in ("enabled", "algorithm", "keyId")}
+        return {
+            "configVersion": settings["configVersion"],
+            "profile": settings["security.profile"],
+            **{name: settings[f"security.{name}"] for name in names},
+            "identity": {**identity, "fingerprint": self.server.fingerprint},
+            "invite": {"format": settings["invite.format"], "maxAgeSeconds": settings["invite.maxAgeSeconds"]},
+        }
+
+    async def change_security(self, request: Request) -> Json:
+        body, changes = request.json(), {}
+        if "profile" in body:
+            if body["profile"] not in PROFILES:
+                raise BadRequest("profile must be one of: tailscale-permissive, strict")
+            changes["security.profile"] = body["profile"]
+        for name in ("requireTlsOutsideTailnet", "allowInsecureHttpInTailnet", "requirePinnedServerIdentity"):
+            if name in body and not isinstance(body[name], bool):
+                raise BadRequest(f"{name} must be boolean")
+            changes.update({f"security.{name}": body[name]} if name in body else {})
+        invite = body.get("invite", {})
+        if not isinstance(invite, dict):
+            raise BadRequest("invite must be an object")
+        if "maxAgeSeconds" in invite:
+            if CHECKS["int"](KEY_BY_PATH["invite.maxAgeSeconds"], invite["maxAgeSeconds"]):
+                raise BadRequest("invite.maxAgeSeconds must be an integer between 1 and 86400")
+            changes["invite.maxAgeSeconds"] = invite["maxAgeSeconds"]
+        self.server.configure(changes)
+        return await self.security_profile(request)
+
+    async def push_token(self, request: Request) -> Json:
+        """Register or remove a push token.  It is an address, never a credential."""
+        body = request.json()
+        token, live = body.get("deviceToken"), body.get("tokenType") == "liveactivity"
+        if not _is_text(token):
+            if request.method == "DELETE":
+                return {"ok": True}
+            raise BadRequest("deviceToken required")
+        tokens = [t for t in self.server.settings["pushDeviceTokens"] or [] if t != token]
+        if live:
+            self.server.configure({"liveActivityToken": token if request.method == "POST" else ""})
+        else:
+            self.server.configure({"pushDeviceTokens": (tokens + [token])[-32:] if request.method == "POST" else tokens})
+        return {"ok": True}
+
+    async def models(self, request: Request) -> Json:
+        return {"models": await self.server.pi.known_models()}
+
+    def _skills(self) -> list[Json]:
+        return scan_skills(os.path.join(agent_dir(), "skills"))
+
+    async def skills(self, request: Request) -> Json:
+        return {"skills": self._skills()}
+
+    # workspaces
+
+    def workspace(self, key: str) -> Json:
+        """Raises NotFound."""
+        record = self.server.store.workspaces.get(key)
+        if record is None:
+            raise NotFound("Workspace not found")
+        return record
+
+    def _workspace_wire(self, request: Request, record: Json) -> Json:
+        return workspace_wire(record, self.dialect_of(request), {skill["name"] for skill in self._skills()})
+
+    async def workspaces(self, request: Request) -> Json:
+        if not self.server.store.workspaces:
+            for name, icon, description in SEEDS:
+                self._add_workspace(
+                    {"name": name, "icon": icon, "description": description, "skills": [], "policyPreset": "host_standard"}
+                )
+        skills, dialect = {skill["name"] for skill in self._skills()}, self.dialect_of(request)
+        records = sorted(self.server.store.workspaces.values(), key=lambda r: whole(r.get("createdAt")))
+        return {"workspaces": [workspace_wire(record, dialect, skills) for record in records]}
+
+    def _add_workspace(self, values: Json) -> Json:
+        now = now_ms()
+        record: Json = {"id": new_id(), "runtime": "host", "createdAt": now, "updatedAt": now, **values}
+        self.server.store.workspaces[record["id"]] = record
+        self.server.store.save_workspace(record)
+        return record
+
+    async def create_workspace(self, request: Request) -> Reply:
+        record = self._add_workspace(check_workspace(request.json(), True))
+        return Reply(201, {"workspace": self._workspace_wire(request, record)})
+
+    async def show_workspace(self, request: Request, key: str) -> Json:
+        return {"workspace": self._workspace_wire(request, self.workspace(key))}
+
+    async def change_workspace(self, request: Request, key: str) -> Json:
+        record = self.workspace(key)
+        for name, value in check_workspace(request.json(), False).items():
+            if value is None:
+                record.pop(name, None)
+            else:
+                record[name] = value
+        record["updatedAt"] = now_ms()
+        self.server.store.save_workspace(record)
+        return {"workspace": self._workspace_wire(request, record)}
+
+    async def delete_workspace(self, request: Request, key: str) -> Json:
+        if self.server.store.workspaces.pop(key, None) is not None:
+            self.server.store.forget("workspaces", key)
+        return {"ok": True}
+
+    # sessions
+
+    def session(self, workspace_id: str, session_id: str) -> Json:
+        """Raises NotFound, also when the session belongs to another workspace."""
+        record = self.server.store.sessions.get(session_id)
+        if record is None or record.get("workspaceId") != workspace_id:
+            raise NotFound("Session not found")
+        return record
+
+    def _sorted(self, records: Iterable[Json]) -> list[Json]:
+        return [session_wire(r) for r in sorted(records, key=lambda r: -whole(r.get("lastActivity")))]
+
+    async def all_sessions(self, request: Request) -> Json:
+        return {"sessions": self._sorted(self.server.store.sessions.values())}
+
+    async def sessions(self, request: Request, key: str) -> Json:
+        workspace = self.workspace(key)
+        records = [r for r in self.server.store.sessions.values() if r.get("workspaceId") == key]
+        days = request.query.get("recentDays", "")
+        if re.fullmatch(r"\d{1,4}", days):
+            since = now_ms() - int(days) * 86_400_000
+            recent = [r for r in records if r.get("status") != "stopped" or whole(r.get("lastActivity")) >= since]
+        else:
+            recent = records
+        return {
+            "sessions": self._sorted(recent),
+            "workspace": self._workspace_wire(request, workspace),
+            "totalCount": len(records),
+        }
+
+    async def create_session(self, request: Request, key: str) -> Reply:
+        workspace, body = self.workspace(key), request.json()
+        for name in ("name", "model", "prompt", "thinking", "parentSessionId"):
+            if not isinstance(body.get(name, ""), str) and body.get(name) is not None:
+                raise BadRequest(f"{name} must be a string")
+        if body.get("piSessionFile"):
+            raise BadRequest("Importing a session file is not supported")
+        images_of(body.get("images"))
+        await self.server.pi.known_models()
+        record = self.server.sessions.create(workspace, body)
+        if not (body.get("prompt") or "").strip():
+            return Reply(201, {"session": session_wire(record)})
+        prompted = await self._first_prompt(record, body)
+        return Reply(201, {"session": session_wire(record), "prompted": prompted})
+
+    async def _first_prompt(self, record: Json, body: Json) -> bool:
+        """Start a new session and send its prompt; False if that failed."""
+        failures: list[Json] = []
+        try:
+            live = await self.server.sessions.start(record["id"])
+            await live.turn("prompt", {"message": body["prompt"].strip(), "images": body.get("images")}, failures.append)
+        except OppiError as error:
+            log("session", f"{record['id']}: first prompt failed: {error}")
+            return False
+        return True
+
+    async def session_detail(self, request: Request, key: str, session_id: str) -> Reply:
+        record = self.session(key, session_id)
+        view = "full" if request.query.get("view") == "full" else "context"
+        entries = await self.server.sessions.entries(session_id)
+
+        def work() -> bytes:  # event by event: one large dump would hold up every other session
+            parts = b",".join(encode(event) for event in build_trace(entries, view))
+            return b'{"session":' + encode(session_wire(record)) + b',"trace":[' + parts + b"]}"
+
+        return Reply(200, await asyncio.get_running_loop().run_in_executor(None, work))
+
+    async def tool_output(self, request: Request, key: str, session_id: str, call_id: str) -> Json:
+        self.session(key, session_id)
+        entries = await self.server.sessions.entries(session_id)
+        for entry in entries:
+            message = entry.get("message") or {}
+            if message.get("role") == "toolResult" and message.get("toolCallId") == call_id:
+                event = _result_events("", message)[0]
+                return {"toolCallId": call_id, "output": event["output"], "isError": event["isError"]}
+        raise NotFound("Tool output not found")
+
+    async def events(self, request: Request, key: str, session_id: str) -> Json:
+        since = request.whole_number("since", 0, "since must be a non-negative integer")
+        record = self.session(key, session_id)
+        live = self.server.sessions.active.get(session_id)
+        if live is None:
+            raise NotFound("Session not active")
+        live.flush()
+        events, complete = live.log.since(since)
+        return {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete, "session": session_wire(record)}
+
+    async def stop_session(self, request: Request, key: str, session_id: str) -> Json:
+        self.session(key, session_id)
+        return {"ok": True, "session": session_wire(await self.server.sessions.stop(session_id))}
+
+    async def resume_session(self, request: Request, key: str, session_id: str) -> Json:
+        self.workspace(key)
+        record = self.server.store.sessions.get(session_id)
+        if record is None:
+            raise NotFound("Session not found")
+        if record.get("workspaceId") != key:
+            raise BadRequest("Session does not belong to this workspace")
+        await self.server.sessions.start(session_id)
+        return {"session": session_wire(record)}
+
+    async def delete_session(self, request: Request, key: str, session_id: str) -> Json:
+        self.session(key, session_id)
+        await self.server.sessions.delete(session_id)
+        return {"ok": True}
+
+    # permissions
+
+    async def pending(self, request: Request) -> Json:
+        session_id, workspace_id = request.query.get("sessionId"), request.query.get("workspaceId")
+        if session_id is not None and session_id not in self.server.store.sessions:
+            raise NotFound("Session not found")
+        if workspace_id is not None:
+            self.workspace(workspace_id)
+        pending = [
+            {**{k: v for k, v in p.wire.items() if k != "type"}, "workspaceId": p.session.workspace_id}
+            for p in self.server.approvals.pending.values()
+            if session_id in (None, p.session.id) and workspace_id in (None, p.session.workspace_id)
+        ]
+        return {"pending": pending, "serverTime": now_ms()}
+
+    async def answer_permission(self, request: Request, key: str) -> Json:
+        body = request.json()
+        scope, expires = body.get("scope") or "once", body.get("expiresInMs")
+        if scope not in SCOPES:
+            raise BadRequest('scope must be "once", "session", or "global"')
+        if expires is not None and (not isinstance(expires, (int, float)) or isinstance(expires, bool) or expires <= 0):
+            raise BadRequest("expiresInMs must be a positive number when provided")
+        if body.get("action") in ("allow", "deny") and key not in self.server.approvals.pending:
+            raise NotFound("Permission request not found")
+        got = self.server.approvals.answer(key, body.get("action"), scope, expires)
+        more = {"expiresInMs": expires} if expires is not None and got != "once" else {}
+        return {"ok": True, "id": key, "action": body["action"], "scope": got, **more}
+
+    # sockets
+
+    def socket_route(self, request: Request) -> tuple[str, str]:
+        """(dialect, session id or "") of an upgrade.  Raises NotFound, or Forbidden for a foreign origin."""
+        origin = request.headers.get("origin")
+        if origin is not None and origin.lower() not in ("http://" + request.headers["host"].lower(),):
+            raise Forbidden("Origin not allowed")
+        if request.parts == ["stream"]:
+            return "1.1", ""
+        parts = request.parts
+        if len(parts) == 5 and (parts[0], parts[2], parts[4]) == ("workspaces", "sessions", "stream"):
+            self.session(parts[1], parts[3])
+            return "1.0", parts[3]
+        raise NotFound("Not found")
+
+    def connected(self, client: Socket) -> None:
+        """Bootstrap of a fresh socket."""
+        self.server.hub.clients.add(client)
+        if client.dialect == "1.1":
+            client.deliver({"type": "stream_connected", "userName": short_host()})
+            client.ready.set()
+            return
+        record = self.server.store.sessions[client.session_id]
+        client.deliver(self._connected(record))
+        task = asyncio.ensure_future(self._begin(client))
+        client.tasks.add(task)
+        task.add_done_callback(client.tasks.discard)
+
+    def _connected(self, record: Json) -> Json:
+        session_id = record["id"]
+        return {
+            "type": "connected",
+            "session": session_wire(record),
+            "currentSeq": self.server.sessions.seq(session_id),
+            "sessionId": session_id,
+        }
+
+    async def _begin(self, client: Socket) -> None:
+        """Start the session of a per-session socket.  After a failure the socket stays open, so that
+        the app does not reconnect and start again every second."""
+        try:
+            live = await self.server.sessions.start(client.session_id)
+            client.deliver({"type": "state", "session": session_wire(live.record), "sessionId": live.id})
+            for pending in self.server.approvals.pending.values():
+                client.deliver(pending.wire)
+            self._subscribe(client, live)
+        except OppiError as error:
+            code = {"code": error.code} if error.code else {}
+            client.deliver({"type": "error", "error": str(error), "fatal": True, "sessionId": client.session_id, **code})
+        client.ready.set()
+
+    def _subscribe(self, client: Socket, live: LiveSession) -> None:
+        live.flush()
+        client.subscriptions[live.id] = "full"
+        for dialog in live.dialogs.values():
+            client.deliver(dialog)
+
+    def disconnected(self, client: Socket) -> None:
+        self.server.hub.clients.discard(client)
+
+    async def message(self, client: Socket, data: bytes) -> None:
+        """Handle one message of a phone.  Whatever is wrong with it gets an answer."""
+        body: Json = {}
+        try:
+            body = self._parse(data)
+            await client.ready.wait()
+            await self._dispatch(client, body)
+        except OppiError as error:
+            self._failed(client, body, str(error), error.code)
+        except Exception as error:
+            log("socket", f"{body.get('type')}: {type(error).__name__}: {error}")
+            self._failed(client, body, "Internal error")
+
+    def _parse(self, data: bytes) -> Json:
+        try:
+            body = parse_json(data)
+        except ValueError:
+            raise BadRequest("Invalid JSON payload") from None
+        if not isinstance(body, dict):
+            raise BadRequest("Message payload must be a JSON object")
+        if not _is_text(body.get("type")):
+            raise BadRequest("Message type is required", "no_type")
+        if "requestId" in body and not isinstance(body["requestId"], str):
+            del body["requestId"]
+        return body
+
+    def _failed(self, client: Socket, body: Json, text: str, code: str = "") -> None:
+        """Tell a phone that its message failed: a failed result if it asked for one, else an error."""
+        session_id = body.get("sessionId") if client.dialect == "1.1" else client.session_id
+        tag = {"sessionId": session_id} if isinstance(session_id, str) and session_id else {}
+        request_id = body.get("requestId")
+        if request_id or (body.get("type") in RESULT_ONLY and "type" in body):
+            client.deliver({**result(str(body["type"]), {"requestId": request_id} if request_id else {}, None, text), **tag})
+        if not request_id or code == "stream_not_subscribed_full":
+            named = {"code": code} if code and code != "no_type" else {}
+            client.deliver({"type": "error", "error": text, **named, **tag})
+
+    async def _dispatch(self, client: Socket, body: Json) -> None:
+        kind = body["type"]
+        if kind in ("subscribe", "unsubscribe"):
+            if client.dialect == "1.0":
+                raise BadRequest(f"Stream subscriptions are only supported on /stream (received {kind})")
+            await (self._on_subscribe if kind == "subscribe" else self._on_unsubscribe)(client, body)
+        elif kind == "permission_response":
+            self._on_permission(client, body)
+        else:
+            session_id = self._addressed(client, body)
+            await self._session_command(client, session_id, body)
+
+    def _addressed(self, client: Socket, body: Json) -> str:
+        """The session a message is for.  Raises the routing errors of the stream."""
+        if client.dialect == "1.0":
+            return client.session_id
+        kind, session_id = body["type"], body.get("sessionId")
+        if not _is_text(session_id):
+            raise BadRequest(f"sessionId is required for {kind} on /stream")
+        if session_id not in self.server.store.sessions:
+            raise NotFound(f"Session not found: {session_id}")
+        if client.level(str(session_id)) != "full":
+            raise Conflict(f"Session {session_id} is not subscribed at level=full", "stream_not_subscribed_full")
+        return str(session_id)
+
+    async def _on_subscribe(self, client: Socket, body: Json) -> None:
+        session_id, level, since = body.get("sessionId"), body.get("level") or "full", body.get("sinceSeq")
+        if not _is_text(session_id):
+            raise BadRequest("sessionId is required for subscribe on /stream")
+        now = time.monotonic()
+        if len(client.subscribed_at) == 30 and now - client.subscribed_at[0] < 5:
+            raise TooManyRequests("Subscribe rate limit exceeded — try again later")
+        client.subscribed_at.append(now)
+        if level not in ("full", "notifications"):
+            raise BadRequest('level must be "full" or "notifications"')
+        if since is not None and (not _is_int(since) or since < 0):
+            raise BadRequest("sinceSeq must be a non-negative integer")
+        record = self.server.sessions.record(str(session_id))
+        live = (
+            await self.server.sessions.start(record["id"]) if level == "full" else self.server.sessions.active.get(record["id"])
+        )
+        self._bootstrap(client, record, live, level, since, body)
+
+    def _bootstrap(self, client: Socket, record: Json, live: LiveSession | None, level: str, since: Any, body: Json) -> None:
+        """The frames of a subscription, with nothing in between."""
+        key = record["id"]
+        if live:
+            live.flush()
+        if level == "full":
+            client.deliver(self._connected(record))
+        client.deliver({"type": "state", "session": session_wire(record), "sessionId": key})
+        current = self.server.sessions.seq(key)
+        complete = since is None or since == current
+        if since is not None and live:
+            events, complete = live.log.since(since)
+            for event in events:
+                if level == "full" or event["type"] in NOTIFY:
+                    client.deliver(event)
+        for wire in self.server.approvals.of_session(key):
+            client.deliver(wire)
+        client.subscriptions[key] = level
+        if live and level == "full":
+            self._subscribe(client, live)
+        data = {"sessionId": key, "level": level, "currentSeq": current, "catchUpComplete": complete}
+        client.deliver({**result("subscribe", _request_of(body), data), "sessionId": key})
+
+    async def _on_unsubscribe(self, client: Socket, body: Json) -> None:
+        session_id = str(body.get("sessionId") or "")
+        client.subscriptions.pop(session_id, None)
+        client.deliver({**result("unsubscribe", _request_of(body), {"sessionId": session_id}), "sessionId": session_id})
+
+    def _on_permission(self, client: Socket, body: Json) -> None:
+        key = body.get("id")
+        if not isinstance(key, str):
+            raise NotFound(f"Permission request not found: {key}")
+        self.server.approvals.answer(key, body.get("action"), body.get("scope"), body.get("expiresInMs"), client)
+        if client.dialect == "1.1" and body.get("requestId"):
+            client.deliver(result("permission_response", _request_of(body), {"id": key}))
+
+    async def _session_command(self, client: Socket, session_id: str, body: Json) -> None:
+        kind = body["type"]
+        live = self.server.sessions.active.get(session_id)
+
+        def reply(message: Json) -> None:
+            client.deliver({**message, "sessionId": session_id})
+
+        if kind in ("stop", "abort", "stop_session"):
+            await self._stop(live, kind)
+            if body.get("requestId"):
+                reply(result(kind, _request_of(body)))
+        elif kind == "get_state":
+            reply({"type": "state", "session": session_wire(self.server.store.sessions[session_id])})
+        elif kind not in KNOWN or (kind == "bash" and client.dialect == "1.1"):
+            raise BadRequest(f"Unsupported command type: {kind}")
+        elif live is None:
+            raise NotFound(f"Session not active: {session_id}")
+        elif kind in ("prompt", "steer", "follow_up"):
+            await live.turn(kind, body, reply)
+        elif kind == "extension_ui_response":
+            live.answer_dialog(body)
+        elif kind in ("get_queue", "set_queue"):
+            queue = await live.change_queue(body) if kind == "set_queue" else live.queue
+            reply({"type": "queue_state", "queue": queue})
+            if body.get("requestId"):
+                reply(result(kind, _request_of(body), queue))
+        else:
+            await self._pass(live, body)
+
+    async def _stop(self, live: LiveSession | None, kind: str) -> None:
+        if live and kind == "stop_session":
+            await live.terminate()
+        elif live:
+            live.stop()
+
+    async def _pass(self, live: LiveSession, body: Json) -> None:
+        """Forward one of pi's own commands and tell every subscriber the result."""
+        kind, request = body["type"], _request_of(body)
+        try:
+            data = await live.pi.request(self._pass_command(live, body), PASS[kind].limit_s)
+            after = PASS[kind].after
+            states = [STATE]
+            if after:
+                data, states = await getattr(self, after)(live, data, body)
+            else:
+                states = []
+            answer = result(kind, request, data)
+            if len(encode(answer)) > RESULT_LIMIT:
+                raise PiFailed(f"The answer to {kind} is too large for a phone")
+            frames = [STATE, answer] if after == "_after_switch" else [answer, *states]
+        except OppiError as error:
+            text = "Already compacted" if re.search("already compacted", str(error), re.I) else str(error)
+            frames = [result(kind, request, None, text)]
+        for frame in frames:
+            live.emit(frame)
+
+    def _pass_command(self, live: LiveSession, body: Json) -> Json:
+        """The command as pi gets it: known fields of the right type only.  Raises BadRequest."""
+        kind, row = body["type"], PASS[body["type"]]
+        if kind == "set_model" and isinstance(body.get("model"), str) and "modelId" not in body:
+            provider, _, name = body["model"].partition("/")
+            body = {**body, "provider": body.get("provider") or provider, "modelId": name}
+        command: Json = {"type": kind}
+        for name, wanted in {**row.required, **row.optional}.items():
+            value = body.get(name)
+            if value is None and name in row.optional:
+                continue
+            if not isinstance(value, wanted):
+                raise BadRequest(f"{name} must be a {'boolean' if wanted is bool else 'string'}")
+            if name in CHOICES and value not in CHOICES[name]:
+                raise BadRequest(f"{name} must be one of: {', '.join(CHOICES[name])}")
+            command[name] = value
+        if kind == "switch_session":
+            self._check_switch(live, command["sessionPath"])
+        if kind == "fork":
+            command["entryId"] = re.sub(r"-(text|think|tool)-\d+$", "", command["entryId"])
+        return command
+
+    def _check_switch(self, live: LiveSession, path: str) -> None:
+        """Only files of this very session: P73 overwrites whatever else it is pointed at."""
+        real = os.path.realpath(path)
+        own = [os.path.realpath(f) for f in live.record.get("piSessionFiles") or []]
+        if real not in own and not (
+            inside(real, os.path.realpath(self.server.store.path("pi", live.id))) and real.endswith(".jsonl")
+        ):
+            raise Forbidden("Not a file of this session")
+        if not os.path.isfile(real):
+            raise NotFound("Session file not found")
+
+    async def _after_models(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        return {"models": [safe_model(m) for m in (data or {}).get("models") or []]}, []
+
+    async def _after_model(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        """Remember the model, and bring back the thinking level last used with it."""
+        model = (data or {}).get("model", data)
+        if not isinstance(model, dict):
+            return data, []
+        live.set_model(model)
+        name = live.record["model"]
+        live.workspace["lastUsedModel"] = name
+        if live.workspace.get("id"):
+            self.server.store.save_workspace(live.workspace)
+        level = (self.server.settings["thinkingLevelByModel"] or {}).get(name)
+        if level in THINKING_LEVELS and level != live.record.get("thinkingLevel"):
+            await live.pi.request({"type": "set_thinking_level", "level": level})
+        live.adopt(await live.pi.request({"type": "get_state"}))
+        live.save()
+        return ({**data, "model": safe_model(model)} if "model" in (data or {}) else safe_model(model)), [STATE]
+
+    async def _after_thinking(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        """The level pi really took: it lowers what the model cannot do without saying so."""
+        live.adopt(await live.pi.request({"type": "get_state"}))
+        live.save()
+        level, model = live.record.get("thinkingLevel", "off"), live.record.get("model")
+        known = self.server.settings["thinkingLevelByModel"] or {}
+        if model and known.get(model) != level:
+            self.server.configure({"thinkingLevelByModel": {**known, model: level}})
+        return {"level": level}, [STATE]
+
+    async def _after_switch(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        if live.running:
+            live.idle()
+        await live.refresh()
+        return data, []
+
+    async def _after_name(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        live.record["name"] = body["name"].strip()
+        live.save()
+        return data, [STATE]
+
+    async def _after_commands(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        """Add the flat location and path that the apps read."""
+        commands = []
+        for command in (data or {}).get("commands") or []:
+            source = command.get("sourceInfo") or {}
+            scope = source.get("scope")
+            flat = {"location": scope if scope in ("user", "project") else "path", "path": source.get("path")}
+            keep = {k: command[k] for k in ("name", "description", "source") if k in command}
+            commands.append({**keep, **{k: v for k, v in flat.items() if isinstance(v, str) and k not in command}})
+        return {"commands": commands}, []
+
+
+def _request_of(body: Json) -> Json:
+    return {"requestId": body["requestId"]} if body.get("requestId") else {}
+
+
+TURN_COMMANDS = ("prompt", "steer", "follow_up")
+KNOWN = frozenset((*TURN_COMMANDS, "extension_ui_response", "get_queue", "set_queue", *PASS))
+RESULT_ONLY = frozenset(("subscribe",))  # these fail with a result even without a requestId
+ROUTES = (
+    ("*", "/health", "health"),
+    ("POST", "/pair", "pair"),
+    ("GET", "/me", "me"),
+    ("GET", "/server/info", "server_info"),
+    ("GET", "/security/profile", "security_profile"),
+    ("PUT", "/security/profile", "change_security"),
+    ("POST", "/me/device-token", "push_token"),
+    ("DELETE", "/me/device-token", "push_token"),
+    ("GET", "/models", "models"),
+    ("GET", "/skills", "skills"),
+    ("GET", "/workspaces", "workspaces"),
+    ("POST", "/workspaces", "create_workspace"),
+    ("GET", "/workspaces/:wid", "show_workspace"),
+    ("PUT", "/workspaces/:wid", "change_workspace"),
+    ("DELETE", "/workspaces/:wid", "delete_workspace"),
+    ("GET", "/sessions", "all_sessions"),
+    ("GET", "/workspaces/:wid/sessions", "sessions"),
+    ("POST", "/workspaces/:wid/sessions", "create_session"),
+    ("GET", "/workspaces/:wid/sessions/:sid", "session_detail"),
+    ("DELETE", "/workspaces/:wid/sessions/:sid", "delete_session"),
+    ("GET", "/workspaces/:wid/sessions/:sid/events", "events"),
+    ("POST", "/workspaces/:wid/sessions/:sid/stop", "stop_session"),
+    ("POST", "/workspaces/:wid/sessions/:sid/resume", "resume_session"),
+    ("GET", "/workspaces/:wid/sessions/:sid/tool-output/:call", "tool_output"),
+    ("GET", "/permissions/pending", "pending"),
+    ("POST", "/permissions/:id/respond", "answer_permission"),
+)
+
+
+# ════════════════════════════════════════ 18. Server ═════════════════════════════════════
+# Builds the parts, passes them to each other, and ends them in order.  Follows config.json and
+# devices.json, so that what the command line changes counts at once.
+
+WATCH_S = 0.5  # a revoked device is disconnected within a second
+LAST_USED_MS = 3_600_000  # how stale a device's last use may be on disk
+
+
+class Server:
+    """Everything that runs.  `settings` and `access` are replaced whenever their files change."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.settings = store.settings()
+        self.access = store.read_access()
+        self.stamp = store.stamp()
+        self.fingerprint = ""
+        self.started = time.monotonic()
+        self.pi = PiInfo(lambda: host_environment(self.settings, store.root))
+        self.hub = Hub()
+        self.approvals = Approvals(store, self.hub, lambda: self.settings)
+        self.sessions = Sessions(store, lambda: self.settings, self.pi, self.hub, self.approvals)
+        self.api = Api(self)
+        self.edge = Edge(self.api)
+        self._lock = -1
+
+    def open(self) -> None:
+        """Take the data directory.  Raises UsageError if another server has it."""
+        self.store.prepare()
+        self._lock = os.open(self.store.path("serve.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"Another oppi server is running on {self.store.root}") from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, str(os.getpid()).encode())
+        if self.settings["tls.mode"] != "disabled":
+            raise UsageError(
+                "config.tls.mode: only `disabled` is supported so far. Set it with: oppi config set tls.mode disabled"
+            )
+        self.store.owner_token()
+        _, self.fingerprint = self.store.identity(create=True)
+        self.store.load()
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what the command line may have changed, and disconnect whom it locked out."""
+        stamp = self.store.stamp()
+        if stamp == self.stamp:
+            return
+        try:
+            settings, access = Settings(self.store.read_config()), self.store.read_access()
+        except UsageError as error:
+            log("config", f"{error} The server goes on with what it knew.")
+            self.stamp = stamp
+            return
+        self.settings, self.access, self.stamp = settings, access, stamp
+        valid = access.principals()
+        for client in self.edge.sockets():
+            if client.principal not in valid:
+                client.close(1008, "Access revoked")
+                client.connection.transport.pause_reading()
+
+    def principal(self, token: str) -> str:
+        """Who presents a token, or "".  The first use of an app 1.0 invite makes its device here."""
+        self.reload()
+        now = now_ms()
+        found, changed = self.access.who(token, now)
+        device = next((d for d in self.access.devices if d["id"] == found), None)
+        stale = device is not None and now - whole(device.get("lastUsedAt")) > LAST_USED_MS
+
+        def change(access: Access) -> str:
+            who = access.who(token, now)[0]
+            for known in access.devices:
+                known.update({"lastUsedAt": now} if known["id"] == who else {})
+            return who
+
+        if changed or stale:
+            found = self.store.change_access(change)
+            self.reload()
+        return found
+
+    def redeem(self, pairing_token: str) -> str:
+        """A device token for an app 1.1 invite's secret, or ""."""
+        device: str = self.store.change_access(lambda access: access.redeem(pairing_token, now_ms()))
+        self.reload()
+        return device
+
+    def dialect_of(self, principal: str) -> str:
+        device = next((d for d in self.access.devices if d["id"] == principal), None)
+        return "1.0" if device and device.get("kind") == "v2" else "1.1"
+
+    def configure(self, changes: Json) -> None:
+        """Store settings changed from a phone."""
+
+        def change(raw: Json) -> None:
+            for path, value in changes.items():
+                put_path(raw, path, value)
+
+        if changes:
+            self.store.change_config(change)
+            self.reload()
+
+    async def run(self, host: str, port: int, announce: Callable[[Server, int], None]) -> None:
+        """Serve until SIGTERM or SIGINT, then end everything in order."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, c: log("loop", f"{c.get('message')}: {c.get('exception')!r}"))
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await loop.run_in_executor(None, end_marked, f"OPPI_OWNER={self.store.root}")
+        port = await self.edge.listen(host, port)
+        announce(self, port)
+        background = [asyncio.ensure_future(self._watch()), asyncio.ensure_future(self._warm())]
+        await stop.wait()
+        for task in background:
+            task.cancel()
+        await self.close()
+
+    async def _warm(self) -> None:
+        """Ask pi what it is, so that no phone has to wait for it."""
+        await self.pi.known_version()
+        await self.pi.known_models()
+
+    async def _watch(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(WATCH_S)
+            ticks += 1
+            try:
+                self.reload()
+                if ticks % 2 == 0:
+                    self.sessions.tick()
+                if ticks % (PING_S * 2) == 0:
+                    for client in self.edge.sockets():
+                        client.ping()
+            except Exception as error:
+                log("server", f"{type(error).__name__}: {error}")
+
+    async def close(self) -> None:
+        """Sessions, then sockets, then the disk."""
+        self.edge.server.close()
+        await self.sessions.close()
+        await self.edge.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+
+
+# ═════════════════════════════════════ 20. Command line ══════════════════════════════════
+# Every command: `--data-dir`, `--json` where it prints facts, one line on stderr and exit 1 when it
+# fails.  Modules that cost time (asyncio, cryptography, qrcode) are imported by the command that
+# needs them.
+
+DEFAULT_DIR = "~/.config/oppi"
+POPULAR = ("anthropic/claude-sonnet-4-0", "openai-codex/gpt-5.3-codex", "google/gemini-2.5-pro")
+ARCHIVE = ""  # path of the archive this runs from, set by its bootstrap
+
+
+def data_dir(args: argparse.Namespace) -> str:
+    return str(args.data_dir or os.environ.get("OPPI_DATA_DIR") or DEFAULT_DIR)
+
+
+def show(args: argparse.Namespace, facts: Json, lines: Iterable[str]) -> None:
+    """Facts as JSON, or lines for a person."""
+    if args.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        for line in lines:
+            print(line)
+
+
+def program() -> list[str]:
+    """How this program was started, to start it again."""
+    return [sys.executable, os.path.abspath(ARCHIVE or __file__)]
+
+
+def quick(argv: Sequence[str]) -> str:
+    """First line a helper program prints; "" if it is missing, slow or fails."""
+    if not shutil.which(argv[0]):
+        return ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=3, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return ""
+
+
+def host_names() -> Json:
+    """tailscaleName, tailscaleIp, localName, lanIp: where this machine can be found, "" if not."""
+    names: Json = {"tailscaleName": "", "tailscaleIp": quick(["tailscale", "ip", "-4"]).partition("\n")[0]}
+    with contextlib.suppress(ValueError, AttributeError):
+        status = parse_json(quick(["tailscale", "status", "--json"]) or "{}")
+        names["tailscaleName"] = str((status.get("Self") or {}).get("DNSName") or "").rstrip(".")
+    local = quick(["scutil", "--get", "LocalHostName"])
+    if not local and os.path.exists("/run/avahi-daemon/socket"):
+        local = short_host()
+    names["localName"] = f"{local}.local" if local else ""
+    names["lanIp"] = lan_ip()
+    return names
+
+
+def lan_ip() -> str:
+    """IPv4 address of the interface with the default route; nothing is sent to find it."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        address = str(probe.getsockname()[0])
+        return "" if address.startswith(("127.", "169.254.", "0.")) else address
+    return ""
+
+
+def invite_host(given: str | None, bound: str) -> tuple[str, str]:
+    """(host for an invite, its kind).  Raises UsageError if none is found."""
+    if given and given.strip():
+        return given.strip(), "override"
+    if bound not in ("0.0.0.0", "::", ""):
+        return bound, "bind address"
+    names = host_names()
+    for name in ("localName", "lanIp", "tailscaleName", "tailscaleIp"):
+        if names[name]:
+            return names[name], "tailnet" if name.startswith("tailscale") else "local network"
+    raise UsageError("No address of this machine was found for the invite. Give one: oppi pair --host NAME")
+
+
+def label_of(host: str) -> str:
+    """First DNS label of a host; an address as it is."""
+    return host if re.fullmatch(r"[\d.]+|.*:.*", host) else host.split(".")[0]
+
+
+def make_invites(store: Store, host: str, port: int, name: str | None, ttl_s: int) -> Json:
+    """Fresh invites for both apps: {v3, v2, private data for the caller}; their secrets are stored hashed."""
+    private, print_ = store.identity(create=True)
+    store.check_identity(private)
+    settings, now, label = store.settings(), now_ms(), (name or "").strip() or label_of(host)
+    profile, age = settings["security.profile"], settings["invite.maxAgeSeconds"]
+    pairing, pending = new_token("pt"), new_token("dt")
+    invite = Invite(host, port, pairing, label, print_, profile)
+    with open(private, encoding="ascii") as file:
+        try:
+            v2 = signed_invite(invite._replace(token=pending), file.read(), settings["identity.keyId"], now, age, new_id(16))
+        except ValueError as error:
+            raise UsageError(f"No invite can be made: {error}") from None
+
+    def remember(access: Access) -> None:
+        access.expire(now)
+        access.invite("v3", pairing, now + ttl_s * 1000, f"Phone paired {time.strftime('%Y-%m-%d %H:%M')}")
+        access.invite("v2", pending, now + age * 1000, f"Phone (app 1.0) paired {time.strftime('%Y-%m-%d %H:%M')}")
+
+    store.change_access(remember)
+    return {"v3": pairing_invite(invite), "v2": v2, "ttl": ttl_s, "age": age}
+
+
+def qr_lines(text: str, color: bool) -> list[str]:
+    """A QR code for the terminal, two rows a line, always dark on light when colours are allowed."""
+    import qrcode
+    from qrcode.util import MODE_8BIT_BYTE, QRData
+
+    code: Any = qrcode.QRCode(error_correction=qrcode.constants.ERROR_CORRECT_L, border=4)
+    code.add_data(QRData(text.encode(), mode=MODE_8BIT_BYTE))
+    code.make(fit=True)
+    rows = code.get_matrix()
+    rows.append([False] * len(rows[0]))
+    lines = []
+    for upper, lower in zip(rows[::2], rows[1::2]):
+        line = "".join(" ▀▄█"[up + 2 * down] for up, down in zip(upper, lower))
+        lines.append(f"\033[30;107m{line}\033[0m" if color else line)
+    return lines
+
+
+def use_color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def print_invites(invites: Json, width: int) -> None:
+    """Both QR codes with what they are for."""
+    kinds = (("v3", "Oppi app 1.1 or newer", invites["ttl"]), ("v2", "Oppi app 1.0", invites["age"]))
+    for kind, title, seconds in kinds:
+        text = dumps(invites[kind])
+        lines = qr_lines(text, use_color())
+        print(f"\n  {title}: scan within {seconds} seconds, works once\n")
+        if width and len(re.sub(r"\033\[[0-9;]*m", "", lines[0])) + 2 > width:
+            print(f"  (the terminal is too narrow for this code: it needs {len(lines[0])} columns)")
+        else:
+            print("\n".join("  " + line for line in lines))
+        print(f"\n  {invite_link(invites[kind])}")
+
+
+def cmd_pair(args: argparse.Namespace) -> int:
+    store = Store(data_dir(args))
+    settings = store.settings()
+    store.owner_token()
+    host, kind = invite_host(args.host, settings["host"])
+    if not 0 < (port := args.port or settings["port"]) < 65536:
+        raise UsageError("config.port is 0, so the invite cannot name a port; give it with --port")
+    invites = make_invites(store, host, port, args.name, args.ttl)
+    v3, v2 = invites["v3"], invites["v2"]
+    if args.json:
+        names = ("host", "port", "scheme", "name", "pairingToken", "fingerprint")
+        facts = {**{name: v3[name] for name in names}, "inviteURL": invite_link(v3), "inviteURLv2": invite_link(v2)}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return 0
+    print(f"  Pair with {v3['name']} at {host}:{port} ({kind})\n  Fingerprint {v3['fingerprint']}")
+    print_invites(invites, shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0)
+    return 0
+
+
+def cmd_serve(args: argparse.Namespace) -> int:
+    store = Store(data_dir(args))
+    server = Server(store)
+    for warning in server.settings.warnings:
+        print(f"{warning}; using the default", file=sys.stderr)
+    host = args.host or server.settings["host"]
+    port = server.settings["port"] if args.port is None else args.port
+    server.open()
+
+    def announce(server: Server, port: int) -> None:
+        facts = {"event": "listening", "host": host, "port": port, "pid": os.getpid()}
+        facts.update(fingerprint=server.fingerprint, dataDir=store.root)
+        if args.json:
+            print(dumps(facts), flush=True)
+        else:
+            greet(server, host, port)
+
+    asyncio.run(server.run(host, port, announce))
+    return 0
+
+
+def greet(server: Server, host: str, port: int) -> None:
+    """What a person sees when the server is up: where it is, what is missing, and how to pair."""
+    wild = host in ("0.0.0.0", "::")
+    found = [name for name in host_names().values() if name] if wild else [host]
+    print(f"oppi {__version__} is listening on {host}:{port}")
+    for name in found:
+        print(f"  http://{name}:{port}")
+    print(f"  Data         {server.store.root}\n  Fingerprint  {server.fingerprint}")
+    problems = pi_problems(server.pi)
+    for problem in problems:
+        print(f"  Missing: {problem}")
+    devices = len(server.access.devices) + len(server.access.moved)
+    if devices:
+        print(f"  Devices      {devices} paired; pair another with: oppi pair")
+    print("  Stop with Ctrl+C", flush=True)
+    if not devices:
+        command = ["pair", "--data-dir", server.store.root, "--port", str(port)]
+        subprocess.Popen([*program(), *command, *([] if wild else ["--host", host])], stdin=subprocess.DEVNULL)
+
+
+def pi_problems(pi: PiInfo) -> list[str]:
+    """What keeps pi from working, each with the one command that fixes it."""
+    if not pi.path():
+        return [f"pi, the coding agent. Install it with: {PI_INSTALL}"]
+    folder = agent_dir()
+    login = any(os.path.exists(os.path.join(folder, name)) for name in ("auth.json", "models.json"))
+    key = any(name.endswith("_API_KEY") and value for name, value in pi.environment().items())
+    return [] if login or key else ["a model provider. Log in with: pi   (then type /login)"]
+
+
+def running_pid(root: str) -> int:
+    """Process id of the server on a data directory, 0 if none runs."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(root, "serve.lock"), encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return int(file.read() or 0)
+    return 0
+
+
+def cmd_status(args: argparse.Namespace) -> int:
+    store = Store(data_dir(args))
+    settings, access, names = store.settings(), store.read_access(), host_names()
+    sessions = (
+        len([n for n in os.listdir(store.path("sessions")) if n.endswith(".json")])
+        if os.path.isdir(store.path("sessions"))
+        else 0
+    )
+    pid = running_pid(store.root)
+    facts: Json = {
+        "port": settings["port"],
+        "host": settings["host"],
+        "dataDir": store.root,
+        "running": bool(pid),
+        "pid": pid or None,
+    }
+    facts.update(
+        names, devices=len(access.devices) + len(access.moved), sessions=sessions, fingerprint=settings["identity.fingerprint"]
+    )
+    tailnet = names["tailscaleName"] or names["tailscaleIp"] or "not connected"
+    lines = [
+        "Server Configuration",
+        f"  Port          {settings['port']}",
+        f"  Transport     http on {settings['host']}",
+        f"  Data          {store.root}",
+        f"  Running       {'yes, process ' + str(pid) if pid else 'no'}",
+        "Tailscale",
+        f"  Hostname      {tailnet}",
+        "Local Network",
+        f"  Address       {names['localName'] or names['lanIp'] or 'none'}",
+        "Pairing",
+        f"  Devices       {facts['devices'] or 'not paired; run: oppi pair'}",
+        f"  Sessions      {sessions}",
+    ]
+    show(args, facts, lines)
+    return 0
+
+
+def cmd_token(args: argparse.Namespace) -> int:
+    store = Store(data_dir(args))
+    if not store.settings().raw.get("token"):
+        raise UsageError("Not paired yet: there is no owner token to rotate")
+
+    def rotate(raw: Json) -> None:
+        raw["token"] = new_token("sk")
+        if not args.keep_devices:
+            raw.pop("authDeviceTokens", None)
+
+    def forget(access: Access) -> None:
+        access.state["invites"] = []
+        if not args.keep_devices:
+            access.state["devices"] = []
+
+    store.change_config(rotate)
+    store.change_access(forget)
+    kept = "Devices keep their tokens." if args.keep_devices else "Every device must pair again: oppi pair"
+    show(args, {"rotated": True, "devicesKept": args.keep_devices}, [f"Owner token rotated. {kept}"])
+    return 0
+
+
+def cmd_devices(args: argparse.Namespace) -> int:
+    store = Store(data_dir(args))
+    store.settings()
+    action = {"add": add_device, "revoke": revoke_device}.get(args.action, list_devices)
+    return action(store, args)
+
+
+def list_devices(store: Store, args: argparse.Namespace) -> int:
+    access = store.read_access()
+    rows = [{k: d.get(k) for k in ("id", "name", "kind", "createdAt", "lastUsedAt")} for d in access.devices]
+    rows += [{"id": "moved:" + key[-12:], "name": "paired with the original", "kind": "moved"} for key in access.moved]
+
+    def when(ms: Any) -> str:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(ms / 1000)) if ms else "-"
+
+    lines = [f"{r['id']:<20} {when(r.get('lastUsedAt')):<17} {KINDS.get(str(r['kind']), ''):<8} {r['name']}" for r in rows]
+    show(args, {"devices": rows}, lines or ["No devices. Pair a phone with: oppi pair"])
+    return 0
+
+
+def add_device(store: Store, args: argparse.Namespace) -> int:
+    if not args.name:
+        raise UsageError("Usage: oppi devices add NAME")
+    token = new_token("dt")
+    device: Json = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
+    lines = [token] if not sys.stdout.isatty() else [f"Token of {args.name}, shown only now:", f"  {token}"]
+    show(args, {"id": device["id"], "name": args.name, "token": token}, lines)
+    return 0
+
+
+def revoke_device(store: Store, args: argparse.Namespace) -> int:
+    if not args.name:
+        raise UsageError("Usage: oppi devices revoke NAME")
+    gone: list[str] = store.change_access(lambda access: access.revoke(args.name))
+    moved = store.read_access().moved
+    tokens = [token for key, token in moved.items() if args.name == "moved:" + key[-12:]]
+    if tokens:
+        store.change_config(lambda raw: raw.update(authDeviceTokens=[t for t in raw["authDeviceTokens"] if t not in tokens]))
+    if not gone and not tokens:
+        raise UsageError(f"No device named {args.name}")
+    count = len(gone) + len(tokens)
+    show(
+        args,
+        {"revoked": gone or [args.name]},
+        [f"Revoked {count} device{'s' if count > 1 else ''}; connected ones are cut off within a second"],
+    )
+    return 0
+
+
+def cmd_config(args: argparse.Namespace) -> int:
+    actions = {"show": config_show, "get": config_get, "set": config_set, "validate": config_validate}
+    return actions[args.action](Store(data_dir(args)), args)
+
+
+def config_show(store: Store, args: argparse.Namespace) -> int:
+    settings = Settings({}) if args.default else store.settings()
+    print(json.dumps(settings.effective(), indent=2, ensure_ascii=False))
+    return 0
+
+
+def config_get(store: Store, args: argparse.Namespace) -> int:
+    if not args.key:
+        raise UsageError("Usage: oppi config get KEY")
+    node: Any = store.settings().effective()
+    for name in args.key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    if node is None:
+        raise UsageError(f"Unknown key: {args.key}")
+    print(
+        json.dumps(node, indent=2, ensure_ascii=False)
+        if args.json or not isinstance(node, (str, int, float)) or isinstance(node, bool)
+        else node
+    )
+    return 0
+
+
+def config_set(store: Store, args: argparse.Namespace) -> int:
+    if not args.key or args.value is None:
+        rows = [f"  {key.path:<42} {key.help}" for key in KEYS if not key.state]
+        raise UsageError("Usage: oppi config set KEY VALUE\n" + "\n".join(rows))
+    key, value = args.key, parse_setting(args.key, args.value)
+    store.settings()
+    store.change_config(lambda raw: put_path(raw, key, value))
+    show(args, {key: value}, [f"✓ {key} = {value if isinstance(value, str) else dumps(value)}"])
+    return 0
+
+
+def config_validate(store: Store, args: argparse.Namespace) -> int:
+    path = os.path.expanduser(args.config_file) if args.config_file else store.path("config.json")
+    try:
+        with open(path, "rb") as file:
+            errors = config_errors(parse_json(file.read()))
+    except OSError as error:
+        errors = [error.strerror or str(error)]
+    except ValueError as error:
+        errors = [f"not valid JSON: {error}"]
+    show(args, {"file": path, "valid": not errors, "errors": errors}, [f"{path}: {e}" for e in errors] or [f"✓ {path} is valid"])
+    return 1 if errors else 0
+
+
+def cmd_env(args: argparse.Namespace) -> int:
+    store = Store(data_dir(args))
+    if args.action == "init":
+        return env_init(store, args)
+    if args.action != "show":
+        print("Usage: oppi env init|show")
+        return 0
+    path = env_file(store.root)
+    values = read_env_file(path)
+    entries = path_entries(store.settings(), values)
+    others = sorted(name for name in values if name != "PATH")
+    lines = [f"Env file: {path if os.path.exists(path) else 'none'}", *(f"  {origin:<11} {entry}" for entry, origin in entries)]
+    facts = {
+        "file": path if os.path.exists(path) else None,
+        "path": [{"entry": e, "from": o} for e, o in entries],
+        "overrides": others,
+    }
+    show(args, facts, [*lines, *(f"Override: {name}" for name in others)])
+    return 0
+
+
+def env_init(store: Store, args: argparse.Namespace) -> int:
+    """Capture this shell's PATH for a server that is started without one."""
+    entries = list(OrderedDict.fromkeys(entry for entry in os.environ.get("PATH", "").split(":") if entry))
+    if not entries:
+        raise UsageError("PATH is empty; nothing to capture")
+    store.prepare()
+    home = os.path.expanduser("~")
+    short = ["~" + e[len(home) :] if inside(e, home) and home != "/" else e for e in entries]
+    path = os.environ.get("OPPI_ENV_FILE") or store.path("env")
+    text = f"# PATH for oppi, captured {time.strftime('%Y-%m-%d')}\nPATH={':'.join(short)}\n"
+    write_file(path, text.encode())
+    show(args, {"file": path, "entries": len(entries)}, [f"✓ {path}: {len(entries)} PATH entries"])
+    return 0
+
+
+def ask_line(question: str, default: str) -> str:
+    try:
+        return input(f"  {question} [{default}]: ").strip() or default
+    except EOFError:
+        return default
+
+
+def lenient_int(text: str, default: int) -> int:
+    match = re.match(r"\s*(\d+)", text)
+    return int(match.group(1)) or default if match else default
+
+
+def cmd_init(args: argparse.Namespace) -> int:
+    store = Store(args.data_dir or DEFAULT_DIR)
+    path, talk = store.path("config.json"), not args.yes and sys.stdin.isatty()
+    if os.path.exists(path) and not args.force:
+        if not talk:
+            raise UsageError(f"{path} exists; use --force to set it up again")
+        if ask_line(f"{path} exists. Continue anyway? (y/N)", "n").lower() != "y":
+            return 0
+    settings = store.settings()
+    answers = {
+        "port": args.port or str(settings["port"]),
+        "defaultModel": args.model or settings["defaultModel"],
+        "maxSessionsGlobal": args.max_sessions or str(settings["maxSessionsGlobal"]),
+    }
+    if talk:
+        answers["port"] = ask_line("Port", answers["port"])
+        print(f"  Popular models: {', '.join(POPULAR)}")
+        answers["defaultModel"] = ask_line("Default model", answers["defaultModel"])
+        answers["maxSessionsGlobal"] = ask_line("Max concurrent sessions", answers["maxSessionsGlobal"])
+    values: Json = {name: lenient_int(answers[name], KEY_BY_PATH[name].default) for name in ("port", "maxSessionsGlobal")}
+    values["defaultModel"] = answers["defaultModel"]
+    for name, value in values.items():
+        if problem := CHECKS[KEY_BY_PATH[name].kind](KEY_BY_PATH[name], value):
+            raise UsageError(f"config.{name}: {problem}")
+    store.change_config(lambda raw: raw.update(values))
+    store.owner_token()
+    _, print_ = store.identity(create=True)
+    lines = [f"✓ {path}", f"✓ identity {print_}", "Next: oppi serve, then oppi pair, and scan the code with the Oppi app"]
+    show(args, {"dataDir": store.root, "fingerprint": print_, **values}, lines)
+    return 0
+
+
+def cmd_help(args: argparse.Namespace) -> int:
+    build_parser().print_help()
+    return 0
+
+
+def cmd_version(args: argparse.Namespace) -> int:
+    show(args, {"version": __version__, "python": sys.version.split()[0], "archive": ARCHIVE or None}, [f"oppi {__version__}"])
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data-dir", metavar="DIR", help=f"data directory (default: OPPI_DATA_DIR, else {DEFAULT_DIR})")
+    common.add_argument("--json", action="store_true", help="print facts as JSON")
+    parser = argparse.ArgumentParser(prog="oppi", description="Drive the coding agent pi from the Oppi app.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"oppi {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *options: tuple[str, Json], aliases: Sequence[str] = ()
+    ) -> None:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common], aliases=list(aliases), allow_abbrev=False)
+        sub.set_defaults(run=run)
+        for flag, how in options:
+            sub.add_argument(*flag.split(), **how)
+
+    flag = {"action": "store_true"}
+    add("serve", cmd_serve, "run the server", ("--host", {"help": "address to listen on, this time"}),
+        ("--port", {"type": int, "help": "port to listen on, this time"}), aliases=("start",))
+    add("pair", cmd_pair, "show the QR codes that pair a phone", ("name", {"nargs": "?", "help": "name the phone shows"}),
+        ("--host", {"help": "address phones use"}), ("--port", {"type": int, "help": "port phones use"}),
+        ("--ttl", {"type": int, "default": PAIRING_TTL_S, "help": "seconds the app 1.1 code is valid"}),
+        ("--show-token", {**flag, "help": argparse.SUPPRESS}))
+    add("init", cmd_init, "set up a data directory", ("--force", flag), ("--yes --y", flag), ("--port", {}), ("--model", {}),
+        ("--max-sessions", {}))
+    add("status", cmd_status, "show where the server is and who is paired")
+    add("devices", cmd_devices, "list devices, add one for a script, revoke one",
+        ("action", {"nargs": "?", "choices": ("list", "add", "revoke"), "default": "list"}), ("name", {"nargs": "?"}))
+    add("token", cmd_token, "replace the owner token and end every client", ("action", {"choices": ("rotate",)}),
+        ("--keep-devices", {**flag, "help": "devices keep their tokens"}))
+    add("config", cmd_config, "show or change settings",
+        ("action", {"nargs": "?", "choices": ("show", "get", "set", "validate"), "default": "show"}),
+        ("key", {"nargs": "?"}), ("value", {"nargs": "?"}), ("--default", flag), ("--config-file", {"metavar": "FILE"}))
+    add("env", cmd_env, "capture PATH for pi, or show it", ("action", {"nargs": "?"}))
+    add("help", cmd_help, "show this")
+    add("version", cmd_version, "show versions")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    import argparse as parsing
+
+    def fail(self: Any, message: str) -> None:
+        raise UsageError(f"{self.prog}: {message}")
+
+    parsing.ArgumentParser.error = fail  # type: ignore[method-assign, assignment]  # exit 1, one line
+    try:
+        args = build_parser().parse_args(argv)
+        return int((getattr(args, "run", None) or cmd_help)(args))
+    except (UsageError, ImportError) as error:
+        advice = f". Install it with: {sys.executable} -m pip install websockets cryptography qrcode"
+        print(str(error) + (advice if isinstance(error, ImportError) else ""), file=sys.stderr)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read the output has gone
+    except OSError as error:
+        print(f"{error.filename or 'oppi'}: {error.strerror or error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

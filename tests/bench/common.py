@@ -1,0 +1,185 @@
+"""What the benchmarks share: figures, CPU and memory of a process, and a socket client that costs next to nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.phone import Phone
+from tests.support.server import Server
+
+HEADER = "| figure | measured | limit | original | |\n|---|---:|---:|---:|---|"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row: `limit` and `original` (the server this one replaces) in the same unit, None if there is none."""
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None = None
+    original: float | None = None
+
+    def __str__(self) -> str:
+        cells = [self._cell(number) for number in (self.value, self.limit, self.original)]
+        missed = self.limit is not None and self.value > self.limit
+        return f"| {self.name} | {' | '.join(cells)} | {'missed' if missed else ''} |"
+
+    def _cell(self, number: float | None) -> str:
+        if number is None:
+            return "–"
+        digits = 0 if number >= 100 else 1 if number >= 10 else 2
+        return f"{number:.{digits}f} {self.unit}".rstrip()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time a running process has used, all its threads, without its children."""
+    if sys.platform == "linux":
+        return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a process id
+    text = subprocess.run(["ps", "-o", "cputime=", "-p", str(pid)], capture_output=True, text=True, check=True).stdout
+    minutes, seconds = text.strip().rsplit(":", 1)
+    hours, _, minutes = minutes.rpartition(":")
+    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
+
+
+def memory_mb(pid: int) -> float:
+    """Resident memory of a process in MB."""
+    text = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True).stdout
+    return int(text) * 1024 / 1e6
+
+
+def child_cpu(command: Sequence[str], env: dict[str, str], cwd: Path) -> float:
+    """CPU time in seconds of a command that has to end with 0."""
+    process = subprocess.Popen(
+        command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    complaint = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command}: exit {process.returncode}: {complaint.decode()}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def open_session(phone: Phone, server: Server, **fields: Any) -> tuple[str, str]:
+    """(workspace id, session id) of a new session in the server's one workspace."""
+    found = phone.workspaces()
+    workspace = found[0] if found else phone.create_workspace(hostMount=str(server.workspace), policyPreset="host")
+    return workspace["id"], phone.create_session(workspace["id"], model="mock/mock-1", **fields)["id"]
+
+
+class Wire:
+    """A bare `/stream` client: blocking reads in one thread, nothing decoded that is not asked for.
+
+    A full phone would spend more on each frame than the server does, and its waiting would be measured as the
+    server's.  `frames` holds (time.monotonic_ns() of arrival, text).
+    """
+
+    def __init__(self, port: int, token: str) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), 30)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        key = base64.b64encode(os.urandom(16)).decode()
+        lines = ("GET /stream HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {token}", "Upgrade: websocket")
+        lines += ("Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {key}", "", "")
+        self.socket.sendall("\r\n".join(lines).encode())
+        self.buffer = bytearray()
+        while b"\r\n\r\n" not in self.buffer:
+            self.buffer += self.socket.recv(65536)
+        head, _, rest = bytes(self.buffer).partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 101"):
+            raise RuntimeError(head.decode())
+        self.buffer = bytearray(rest)
+        self.socket.settimeout(None)
+        self.frames: list[tuple[int, bytes]] = []
+        self.news = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def send(self, **message: Any) -> None:
+        data = json.dumps(message).encode()
+        size = len(data)
+        head = bytes([0x81, 0x80 | size]) if size < 126 else bytes([0x81, 0xFE]) + size.to_bytes(2, "big")
+        self.socket.sendall(head + bytes(4) + data)  # a mask of zeros
+
+    def _read(self) -> None:
+        buffer = self.buffer
+        while True:
+            now, position, found = time.monotonic_ns(), 0, []
+            while True:
+                end, start = self._frame(position)
+                if not end:
+                    break
+                if buffer[position] & 0x0F == 1:
+                    found.append((now, bytes(buffer[start:end])))
+                position = end
+            del buffer[:position]
+            if found:
+                with self.news:
+                    self.frames += found
+                    self.news.notify_all()
+            try:
+                data = self.socket.recv(1 << 20)
+            except OSError:
+                return
+            if not data:
+                return
+            buffer += data
+
+    def _frame(self, position: int) -> tuple[int, int]:
+        """(end, start of the payload) of the frame at `position`; (0, 0) if it is not complete."""
+        left = len(self.buffer) - position
+        if left < 2:
+            return 0, 0
+        size, extra = self.buffer[position + 1] & 0x7F, 0
+        extra = {126: 2, 127: 8}.get(size, 0)
+        start = position + 2 + extra
+        if extra:
+            size = int.from_bytes(self.buffer[position + 2 : start], "big")
+        return (start + size, start) if left >= 2 + extra + size else (0, 0)
+
+    def wait(self, pattern: str, timeout: float = 60.0, *, count: int = 1, since: int = 0) -> None:
+        """Wait until `count` frames match a regular expression."""
+        wanted, seen, position = re.compile(pattern.encode()), 0, since
+        deadline = time.monotonic() + timeout
+        with self.news:
+            while True:
+                for _, text in self.frames[position:]:
+                    seen += bool(wanted.search(text))
+                position = len(self.frames)
+                if seen >= count:
+                    return
+                if not self.news.wait(max(0.0, deadline - time.monotonic())):
+                    raise RuntimeError(f"{seen} of {count} frames with {pattern!r}; last: {self.frames[-3:]!r:.2000}")
+
+    def subscribe(self, sid: str) -> None:
+        self.send(type="subscribe", sessionId=sid, level="full", requestId=f"sub-{sid}")
+        self.wait(rf'"requestId":\s*"sub-{sid}"')
+
+    def prompt(self, sid: str, text: str) -> None:
+        self.send(type="prompt", sessionId=sid, message=text, requestId=os.urandom(4).hex())
+
+    def close(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()

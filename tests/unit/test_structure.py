@@ -1,0 +1,69 @@
+"""The shape of oppi.py: what the pure half may import, how long functions are, and the promised order."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+
+from .support import ROOT
+
+SOURCE = (ROOT / "oppi.py").read_text("utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+BANNERS = [(number, line.strip("# ═")) for number, line in enumerate(LINES, 1) if re.match(r"# ═+ .+ ═+$", line)]
+BOUNDARY = next(number for number, title in BANNERS if title == "I/O starts here")
+IMPURE = {"asyncio", "os", "socket", "subprocess", "ssl", "importlib"}
+
+
+def imported(node: ast.AST) -> set[str]:
+    """Top-level names of the modules an import statement brings in."""
+    if isinstance(node, ast.Import):
+        return {alias.name.split(".")[0] for alias in node.names}
+    return {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
+
+
+def test_the_pure_half_imports_nothing_that_does_io() -> None:
+    found = {
+        (node.lineno, name)
+        for node in ast.walk(TREE)
+        for name in imported(node) & IMPURE
+        if node.lineno < BOUNDARY  # type: ignore[attr-defined]
+    }
+    assert not found
+
+
+def test_the_pure_half_calls_nothing_that_does_io() -> None:
+    calls = [node.func for node in ast.walk(TREE) if isinstance(node, ast.Call) and node.lineno < BOUNDARY]
+    names = {function.id for function in calls if isinstance(function, ast.Name)}
+    assert not names & {"open", "exec", "eval", "__import__", "input", "print"}
+
+
+def test_functions_are_short() -> None:
+    functions = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = {f"{n.name}:{n.lineno}": (n.end_lineno or 0) - n.lineno + 1 for n in functions}
+    assert {name for name, length in lengths.items() if length > 60} == set()
+    assert statistics.median(lengths.values()) <= 8
+    assert sum(length <= 30 for length in lengths.values()) >= 0.9 * len(lengths)
+
+
+def test_sections_stand_in_the_order_of_the_map() -> None:
+    text = " ".join((ast.get_docstring(TREE) or "").partition("Map: ")[2].split()).rstrip(".")
+    mapped = [part.strip().lower() for part in re.split(r"[,|]", text)]
+    titles = [re.sub(r"^(\d+)\. ", r"\1 ", title).lower() for _, title in BANNERS]
+    assert len(titles) == len(mapped)
+    assert [title for title, name in zip(titles, mapped) if not title.startswith(name)] == []
+
+
+def test_banners_are_full_width_and_explained() -> None:
+    for number, title in BANNERS:
+        assert 85 <= len(LINES[number - 1]) <= 95, title
+        assert LINES[number].startswith("# "), title
+
+
+def test_the_file_can_be_read_in_one_sitting() -> None:
+    assert len(LINES) <= 6000
+
+
+def test_nothing_is_left_to_do() -> None:
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", SOURCE)
