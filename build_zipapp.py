@@ -178,6 +178,7 @@ def bootstrap(archive, build, targets, supported):
     """Runs oppi from its private folder, which takes the archive's place on sys.path; sys.argv stays as it is."""
     folder = prepare(archive, build, choose_target(targets, supported))
     sys.path[0] = folder
+    sys.dont_write_bytecode = False  # the folder is ours alone, and compiling costs more than everything else
     import oppi
 
     setattr(oppi, "ARCHIVE", archive)  # noqa: B010

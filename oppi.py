@@ -668,9 +668,10 @@ class Command(NamedTuple):
     words: tuple[str, ...]
     writes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
-    piped: bool = False  # its standard input is a pipe
+    joint: str = "\n"  # the operator before it
 
 
+STANDARD_STREAMS = ("/dev/null", "/dev/stdout", "/dev/stderr")
 COMMAND_LIMIT = 10_000  # characters; longer is not recognised
 SHELL_TOKEN = (
     r"(?P<space>[ \t]+)"
@@ -710,7 +711,7 @@ def _recognisable(words: list[str]) -> bool:
 
 def parse_shell(text: str) -> list[Command] | None:
     """The simple commands of `text` in order, or None when it is not recognised."""
-    tokens = _tokens(text.strip()) if len(text) <= COMMAND_LIMIT else None
+    tokens = _tokens(text.strip(" \t\n")) if len(text) <= COMMAND_LIMIT else None
     if not tokens:
         return None
     commands: list[Command] = []
@@ -727,8 +728,8 @@ def parse_shell(text: str) -> list[Command] | None:
             expect = kind
         else:
             if words and _recognisable(words + files["write"] + files["read"]):
-                writes = tuple(path for path in map(_word, files["write"]) if path != "/dev/null")
-                commands.append(Command(tuple(map(_word, words)), writes, tuple(map(_word, files["read"])), previous == "|"))
+                writes = tuple(path for path in map(_word, files["write"]) if path not in STANDARD_STREAMS)
+                commands.append(Command(tuple(map(_word, words)), writes, tuple(map(_word, files["read"])), previous))
             elif words or any(files.values()) or value != "\n" or previous not in ("\n", ";"):
                 return None
             words, files, previous = [], {"write": [], "read": []}, value
@@ -791,6 +792,8 @@ class Action(NamedTuple):
     verb: str
     words: tuple[str, ...] = ()
     path: str = ""  # absolute and normalised, symlinks not resolved
+    cwd: str = ""  # where it happens, after any `cd` before it
+    raw: str = ""  # the words as they were written
     piped: bool = False
     plain: bool = True  # the program is found on PATH or in a system directory, and got no options of git's own
 
@@ -812,20 +815,27 @@ PRESETS = {
     "container": Preset("allow", False, "Container: the agent is free inside its own machine, risky actions ask."),
 }
 FILE_TOOLS = {"read": "read", "ls": "read", "find": "read", "grep": "read", "write": "write", "edit": "write"}
-READERS = frozenset("cat head tail grep rg wc diff tree jq sort uniq cut stat file ls cd echo pwd true false :".split())
+READERS: dict[str, str] = {name: "" for name in "cat head tail wc diff cut stat ls cd echo pwd true false :".split()}
+READERS.update(grep="f", rg="f", tree="o", sort="oTS", uniq="", file="fmC")  # name -> letters of options that do more than read
 HELPERS = frozenset("cd echo pwd true false :".split())
-GIT_READS = frozenset("status log diff show branch blame rev-parse".split())
-WRITING_OPTIONS = r"-o.*|--output.*|--pre.*|--ext-diff|--no-index|--textconv|-[dDmMcC]|--delete|--open-files.*|-O.*"
+GIT_READS = frozenset("status log diff show blame rev-parse".split())
+LONG_READS = frozenset(
+    "all cached staged stat shortstat numstat oneline name-only name-status short porcelain graph decorate patch no-color color "
+    "ignore-case line-number count recursive files hidden bytes lines words chars max-count include exclude exclude-dir help "
+    "version abbrev-commit show-toplevel abbrev-ref brief unified word-diff follow reverse numeric-sort unique check context "
+    "after-context before-context fixed-strings word-regexp invert-match files-with-matches glob type since until author grep".split()
+)
 GIT_VALUES = frozenset("-C -c --git-dir --work-tree --namespace --super-prefix --config-env".split())
-WRAPPERS = frozenset("command builtin nohup setsid".split())  # run the rest of their words as it is
+WRAPPERS = frozenset("command builtin nohup setsid".split())  # run the rest of their words; with options they are opaque
 OPAQUE = frozenset(
-    "eval source . exec xargs parallel env nice timeout stdbuf time watch script find-exec ssh-keygen".split()
+    "eval source . exec xargs parallel env nice timeout stdbuf time watch script busybox alias pushd popd".split()
 )
 SHELLS = frozenset("sh bash zsh dash ksh fish".split())
 INTERPRETERS = SHELLS | frozenset("python python2 python3 node deno bun ruby perl php osascript lua Rscript".split())
 TRUSTED = ("", "/bin", "/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
 PRIVILEGE = frozenset("sudo doas su pkexec".split())
 SYSTEM_ROOTS = tuple("/etc /usr /bin /sbin /lib /lib64 /boot /System /Library /dev /proc /sys /var/db /private/etc".split())
+SYSTEM_FILES = ("/etc", "/private/etc", "/System", "/Library", "/boot")
 START_FILES = frozenset(
     ".bashrc .bash_profile .bash_login .profile .zshrc .zprofile .zshenv .zlogin .gitconfig .config/fish/config.fish".split()
 )
@@ -833,10 +843,8 @@ SECRET_DIRS = r"(?i)/\.(ssh|aws|gnupg|docker|kube|azure)(/|$)|/\.config/(gh|gclo
 SECRET_FILES = r"(?i)/(\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json)$|^/proc/[^/]+/environ$"
 DATA_SECRETS = r"/(config\.json|devices\.json|identity_ed25519|apns\.json)$"
 FORK_BOMB = r"(\S+)\s*\(\)\s*\{[^}]*\1\s*\|\s*\1\s*&"
-DATA_FLAGS = (
-    r"-[A-Za-z]*[dFT].*|--(data|form|json|upload-file|post-|body-|method|config).*|-K.*|-X.*|--request.*|-u.*|--user.*"
-)
-SAFE_METHODS = r"(?i)(-X|--request=?|--method=?) ?(GET|HEAD)"
+DATA_FLAGS = r"-[A-Za-z]*[dFTKu].*|--(data|form|json|upload-file|post-|body-|config|user).*"
+UNSAFE_METHOD = r"(?i)(^| )(-[a-z]*X|--request|--method)[ =]?(?!(GET|HEAD)( |$))\w"
 LOOPBACK = r"(?i)(https?://)?(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?(/.*)?$"
 
 
@@ -850,9 +858,9 @@ class Ask(NamedTuple):
 
 
 ASKS = (
-    Ask(r"rm\b.* (-[a-zA-Z]*[rRf]|--recursive|--force)", "high", "Recursive or forced delete"),
-    Ask(r"git reset\b.* --hard", "high", "Discards local changes"),
-    Ask(r"git clean\b.* (-[a-zA-Z]*[fxdX]|--force)", "high", "Deletes untracked files"),
+    Ask(r"rm\b.* (-[a-zA-Z]*[rRf]|--[rf])", "high", "Recursive or forced delete"),
+    Ask(r"git reset\b.* --h", "high", "Discards local changes"),
+    Ask(r"git clean\b.* (-[a-zA-Z]*[fxdX]|--f)", "high", "Deletes untracked files"),
     Ask(r"git push\b", "medium", "Git push"),
     Ask(r"git remote (add|set-url)\b", "medium", "Changes a git remote", ("container",)),
     Ask(r"(npm|pnpm|yarn|bun|cargo|poetry|uv|gem|mvn|gradle) (publish|push|deploy)\b|twine upload\b", "high", "Publishes"),
@@ -869,13 +877,13 @@ ASKS = (
 )
 
 
-def absolute(path: str, ctx: Context) -> str:
+def absolute(path: str, ctx: Context, cwd: str = "") -> str:
     """`path` as the tool will see it: `~` and the working directory applied, `.` and `..` removed."""
     import posixpath
 
     if path == "~" or path.startswith("~/"):
         path = ctx.home + path[1:]
-    return posixpath.normpath(posixpath.join(ctx.cwd, path))
+    return posixpath.normpath(posixpath.join(cwd or ctx.cwd, path))
 
 
 def inside(path: str, root: str) -> bool:
@@ -891,7 +899,7 @@ def normal_words(words: Sequence[str]) -> tuple[str, ...]:
     words = list(words)
     while len(words) > 1 and base_name(words[0]) in WRAPPERS and not words[1].startswith("-"):
         words = words[1:]
-    words[0] = base_name(words[0])
+    words[0] = base_name(words[0]).lower()  # a Mac's file system ignores case
     if words[0] == "git":
         while len(words) > 1 and words[1].startswith("-"):
             del words[1 : 3 if words[1] in GIT_VALUES else 2]
@@ -901,32 +909,41 @@ def normal_words(words: Sequence[str]) -> tuple[str, ...]:
 def actions_of(call: Call, ctx: Context) -> list[Action] | None:
     """What a call does, or None when that is not certain."""
     tool = call.tool.lower()
-    verb = FILE_TOOLS.get(tool)
-    if verb:
+    if tool in FILE_TOOLS:
         path = call.input.get("path", "." if tool in ("ls", "find", "grep") else None)
-        return [Action(verb, path=absolute(path, ctx))] if isinstance(path, str) and path and "\0" not in path else None
+        if not isinstance(path, str) or not re.fullmatch(r"(?!file:)@?[^\0@\u00a0\u2000-\u200a\u202f\u205f\u3000]+", path):
+            return None  # pi reads these in ways of its own
+        return [Action(FILE_TOOLS[tool], (tool,), absolute(path.lstrip("@"), ctx))]
     if tool != "bash":
         return [Action("tool", (call.tool,))]
     command = call.input.get("command")
     parsed = parse_shell(command) if isinstance(command, str) else None
-    if parsed is None:
-        return None
+    return None if parsed is None else _command_actions(parsed, ctx)
+
+
+def _command_actions(parsed: Sequence[Command], ctx: Context) -> list[Action] | None:
+    """The actions of simple commands; a `cd` moves those after it, if they run only when it worked."""
     actions: list[Action] = []
+    cwd, moved = ctx.cwd, False
     for item in parsed:
         words = normal_words(item.words)
-        if _opaque(words):
+        if _opaque(words) or (moved and item.joint not in ("&&", "|")):
             return None
         plain = item.words[0].rpartition("/")[0] in TRUSTED and not (words[0] == "git" and item.words[1:2] != words[1:2])
-        actions.append(Action("run", words, piped=item.piped, plain=plain))
-        actions += [Action("write", path=absolute(path, ctx)) for path in item.writes]
-        actions += [Action("read", path=absolute(path, ctx)) for path in item.reads]
+        actions.append(Action("run", words, "", cwd, " ".join(item.words), item.joint == "|", plain))
+        actions += [Action("write", path=absolute(path, ctx, cwd)) for path in item.writes]
+        actions += [Action("read", path=absolute(path, ctx, cwd)) for path in item.reads]
+        if words[0] == "cd":
+            if len(words) > 2 or item.joint == "|" or words[-1].startswith("-"):
+                return None
+            cwd, moved = absolute(words[1] if len(words) == 2 else "~", ctx, cwd), True
     return actions
 
 
 def _opaque(words: tuple[str, ...]) -> bool:
     """Whether a recognised command hides another one that is not looked into."""
     options = words[1:]
-    if words[0] in OPAQUE and not (words[0] == "env" and not options):
+    if words[0] in OPAQUE | WRAPPERS and not (words[0] == "env" and not options):
         return True
     if words[0] == "find":
         return any(re.match(r"-(exec|ok|delete|fprint|fls)", word) for word in options)
@@ -941,7 +958,7 @@ def _paths(action: Action, ctx: Context) -> list[str]:
     for word in action.words[1:]:
         for part in {word, word.partition("=")[2], word.lstrip("@"), re.sub(r"^-+\w", "", word)} - {""}:
             if "\0" not in part and len(part) < 4096:
-                path = absolute(part, ctx)
+                path = absolute(part, ctx, action.cwd)
                 found += [path, ctx.real_path(path)]
     return found
 
@@ -971,7 +988,7 @@ def _hard(action: Action, ctx: Context) -> str:
         return "Blocked privilege escalation"
     if name == "printenv" and re.search(r"(KEY|SECRET|TOKEN|PASSWORD)", text, re.I):
         return "Blocked access to secrets in the environment"
-    recursive = re.search(r" (-[a-zA-Z]*[rR]|--recursive)", text)
+    recursive = re.search(r" (-[a-zA-Z]*[rR]|--r)", text)
     if name in ("rm", "chmod", "chown", "chgrp") and recursive and any(_wide(path, ctx) for path in paths):
         return "Blocked catastrophic change"
     if name.startswith("mkfs") or (name == "dd" and any(inside(path, "/dev") for path in paths)):
@@ -981,11 +998,14 @@ def _hard(action: Action, ctx: Context) -> str:
 
 def _protected(action: Action, ctx: Context) -> str:
     """Why an action that changes what guards the agent must always be asked about, or ""."""
-    if action.verb == "read" or (action.verb == "run" and action.words[0] in READERS):
+    if action.verb == "read" or (action.verb == "run" and _only_reads(action)):
         return ""
     for path in _paths(action, ctx):
-        if inside(path, ctx.data_dir) or inside(path, ctx.agent_dir):
+        holds = path not in ("/", ctx.home) and any(inside(kept, path) for kept in (ctx.data_dir, ctx.agent_dir))
+        if holds or inside(path, ctx.data_dir) or inside(path, ctx.agent_dir):
             return f"Modifying {base_name(path)} requires approval"
+        if any(inside(path, root) for root in SYSTEM_FILES):
+            return f"Modifying {base_name(path)} changes the system"
         if inside(path, ctx.home) and path[len(ctx.home) + 1 :] in START_FILES:
             return f"Modifying {base_name(path)} changes what every new shell runs"
         if re.search(r"/\.git/(hooks(/|$)|config$)|/LaunchAgents(/|$)|/fetch/allowed_domains\.txt$", path):
@@ -1001,10 +1021,10 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
     if name in INTERPRETERS and (action.piped or (name in SHELLS and not options)):
         return "high", "Pipe to shell (arbitrary code execution)"
     if name in ("curl", "wget", "http", "https", "xh"):
-        text = " ".join(options)
-        urls = [word for word in options if "://" in word or re.match(LOOPBACK, word)]
-        sends = any(re.match(DATA_FLAGS, word) for word in options) and not re.search(SAFE_METHODS, text)
-        if sends and not (urls and all(re.match(LOOPBACK, url) for url in urls) and not ctx.preset):
+        sends = any(re.match(DATA_FLAGS, word) for word in options) or re.search(UNSAFE_METHOD, " ".join(options))
+        places = [word for word in options if not word.startswith("-") and re.search("[.:/]", word)]
+        local = not ctx.preset and places and all(re.match(LOOPBACK, word) for word in places)
+        if (sends or name not in ("curl", "wget")) and not local:
             return "medium", "Outbound data transfer"
     return "", ""
 
@@ -1020,24 +1040,39 @@ def _bounded(action: Action, ctx: Context) -> bool:
     if action.verb == "tool":
         return False
     if action.verb != "run":
-        return within(action.path, action.verb == "write")
-    name, options = action.words[0] if action.plain else "", action.words[1:]
+        secret = action.words in (("ls",), ("find",), ("grep",)) and (inside(ctx.agent_dir, action.path) or inside(ctx.data_dir, action.path))
+        return within(action.path, action.verb == "write") and not secret
+    paths = [absolute(word, ctx, action.cwd) for word in action.words[1:] if not word.startswith("-")]
+    holds = any(inside(secret, path) for path in paths for secret in (ctx.agent_dir, ctx.data_dir))
+    return _only_reads(action) and not holds and (action.words[0] == "echo" or all(within(path, False) for path in paths))
+
+
+def _only_reads(action: Action) -> bool:
+    """Whether a command is on the read-only list with all its options."""
+    name, words = action.words[0] if action.plain else "", list(action.words[1:])
+    letters = READERS.get(name)
     if name == "git":
-        options = options[1:] if options[:1] and options[0] in GIT_READS else ("--pre",)
-    elif name not in READERS:
+        letters = "oO" if words and words.pop(0) in GIT_READS else None
+    if letters is None or (name == "uniq" and len([w for w in words if not w.startswith("-")]) > 1):
         return False
-    if any(re.match(WRITING_OPTIONS, word) for word in options) and name not in HELPERS:
-        return False
-    if name == "uniq" and len([word for word in options if not word.startswith("-")]) > 1:
-        return False
-    return name == "echo" or all(within(absolute(word, ctx), False) for word in options if not word.startswith("-"))
+    for word in words if name not in HELPERS else ():
+        if word.startswith("--") and word != "--" and word[2:].partition("=")[0] not in LONG_READS:
+            return False
+        if re.match(r"-[^-]", word) and any(letter in word for letter in letters):
+            return False
+    return True
 
 
 def glob_match(pattern: str, text: str) -> bool:
-    """File glob: `**` crosses `/`, `*` and `?` do not, everything else is literal."""
-    parts = re.split(r"(\*\*/?|\*|\?)", pattern)
+    """File glob: `**` crosses `/`; `*`, `?`, `[a-z]` do not; `{a,b}` is either; everything else is literal."""
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if brace:
+        choices = brace.group(1).split(",")
+        return any(glob_match(pattern[: brace.start()] + choice + pattern[brace.end() :], text) for choice in choices)
+    parts = re.split(r"(\*\*/?|\*|\?|\[[!^]?[^\]/]+\])", pattern)
     known = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    return re.fullmatch("".join(known.get(part, re.escape(part)) for part in parts), text, re.S) is not None
+    sets = {part: "[" + re.sub("^[!^]", "^", part[1:-1]).replace("\\", r"\\") + "]" for part in parts if part[:1] == "[" and part[-1:] == "]"}
+    return re.fullmatch("".join(known.get(part) or sets.get(part) or re.escape(part) for part in parts), text, re.S) is not None
 
 
 def text_match(pattern: str, text: str) -> bool:
@@ -1048,31 +1083,34 @@ def text_match(pattern: str, text: str) -> bool:
 def rule_view(rule: Json) -> Json:
     """A stored rule of either generation in both vocabularies: what the API serves and the matcher reads.
 
-    A rule of the original 1.0 (`effect`, `match`) is converted field by field; what this engine
-    cannot express (`domain`, an unknown effect) becomes a rule that asks, never one that allows.
+    A rule of the original 1.0 (`effect`, `match`) is converted field by field; one whose effect is
+    unknown asks, and one for a domain or with an unknown scope is kept but not applied.
     """
     match = obj(rule.get("match"))
     decision = {"block": "deny"}.get(str(rule.get("decision") or rule.get("effect")), rule.get("decision") or rule.get("effect"))
-    if decision not in ACTIONS or match.get("domain") or ("effect" in rule and not match and not rule.get("tool")):
-        decision = "deny" if decision == "deny" else "ask"
+    unclear = decision not in ACTIONS or ("effect" in rule and not match and not rule.get("tool"))
+    if unclear:
+        decision = "ask"
     pattern = rule.get("pattern") or match.get("commandPattern") or match.get("pathPattern")
     executable = rule.get("executable") or match.get("executable")
-    tool = rule.get("tool") or ("bash" if executable or match.get("commandPattern") else "*")
+    tool = str(rule.get("tool") or "") or ("bash" if executable or match.get("commandPattern") else "*")
     label = str(rule.get("label") or rule.get("description") or pattern or executable or f"Any {tool} call")
     risk = rule.get("risk") if rule.get("risk") in RISKS else "medium"
     view = {**rule, "id": str(rule.get("id") or ""), "decision": decision, "effect": decision, "tool": tool, "label": label}
-    view.update(description=label, risk=risk, scope=rule.get("scope") if rule.get("scope") in SCOPES else "global")
+    view.update(description=label, risk=risk, scope=rule.get("scope") if rule.get("scope") in SCOPES else "once")
     view.update(source=rule.get("source") or "learned", createdAt=rule.get("createdAt") or 0)
     view["match"] = {k: v for k, v in match.items() if isinstance(v, str)} or {
         k: v for k, v in (("executable", executable), ("commandPattern", pattern)) if v
     }
-    view.update({k: v for k, v in (("pattern", pattern), ("executable", executable)) if v})
+    view.update({k: str(v) for k, v in (("pattern", pattern), ("executable", executable)) if v})
     return view
 
 
 def rule_applies(rule: Json, ctx: Context) -> bool:
     """Whether a rule (in `rule_view` form) is in force for this session now."""
-    bound = {"session": ("sessionId", ctx.session_id), "workspace": ("workspaceId", ctx.workspace_id)}
+    bound = {"session": ("sessionId", ctx.session_id), "workspace": ("workspaceId", ctx.workspace_id), "once": ("id", None)}
+    if obj(rule.get("match")).get("domain"):
+        return False
     name, value = bound.get(rule["scope"], ("", ""))
     expires = rule.get("expiresAt")
     return (not name or rule.get(name) == value) and not (isinstance(expires, (int, float)) and expires < ctx.now)
@@ -1082,14 +1120,16 @@ def rule_matches(rule: Json, call: Call, action: Action) -> bool:
     """Whether a rule without `exact` covers one action.  A deny pattern also covers what extends it."""
     if rule.get("exact") or rule["tool"] not in ("*", call.tool):
         return False
-    if rule.get("executable") and (action.verb != "run" or base_name(rule["executable"]) != action.words[0]):
+    allows, executable = rule["decision"] == "allow", rule.get("executable")
+    if executable and (action.verb != "run" or base_name(executable) != action.words[0] or (allows and not action.plain)):
         return False
     pattern = rule.get("pattern")
     if not pattern:
         return True
     if action.verb == "run":
-        extended = rule["decision"] != "allow" and action.text.startswith(pattern.strip() + " ")
-        return extended or text_match(pattern.strip(), action.text)
+        pattern, texts = pattern.strip(), (action.text, action.raw)
+        extended = not allows and any(text.startswith(pattern + " ") for text in texts)
+        return extended or any(text_match(pattern, text) for text in texts[allows and not action.plain :])
     return glob_match(pattern, action.path) if action.path else text_match(pattern, dumps(call.input))
 
 
@@ -1169,8 +1209,8 @@ def evaluate(call: Call, ctx: Context) -> Verdict:
         if reason := _protected(action, ctx):
             return Verdict("ask", "high", reason, "rule")
     for rule in exact:
-        if rule["decision"] == "allow":
-            return Verdict("allow", "low", rule["label"], "exact_approval", rule["id"])
+        risk = "low" if rule["decision"] == "allow" else rule["risk"]
+        return Verdict(rule["decision"], risk, rule["label"], "exact_approval", rule["id"])
     if actions is None:
         return Verdict("ask", "high", "Not recognised as a simple command", "rule")
     return _strictest(_one(call, action, rules, ctx) for action in actions) or Verdict("ask", "high", "Empty", "default")
@@ -1226,7 +1266,7 @@ def rule_from_answer(call: Call, ctx: Context, action: str, scope: str, risk: st
     if scope == "workspace":
         rule["workspaceId"] = ctx.workspace_id
     if isinstance(expires_in, (int, float)) and not isinstance(expires_in, bool) and expires_in > 0:
-        rule["expiresAt"] = ctx.now + min(int(expires_in), MAX_EXPIRY_MS)
+        rule["expiresAt"] = ctx.now + int(min(expires_in, MAX_EXPIRY_MS))
     return rule
 
 
@@ -1345,6 +1385,10 @@ class PiReader:
             event = None
         if not isinstance(event, dict) or not isinstance(event.get("type"), str):
             event = {"type": "garbage", "line": text[:200].decode("utf-8", "replace")}
+        update = obj(event.get("assistantMessageEvent"))
+        kind = DELTAS.get(str(update.get("type")).encode())
+        if kind and isinstance(update.get("delta"), str):  # keys in an order no known version uses
+            return [Delta(kind, whole(update.get("contentIndex")), update["delta"])]
         return [event]
 
     def _ended(self, item: Json | Delta, tail: bytes) -> list[Json | Delta]:
@@ -1384,10 +1428,9 @@ def gate_question(event: Json) -> Json | None:
     if event.get("method") != "input" or event.get("title") != GATE_TITLE:
         return None
     try:
-        body = parse_json(event.get("placeholder") or "")
-    except (ValueError, TypeError):
+        return obj(parse_json(str(event.get("placeholder"))))
+    except ValueError:
         return {}
-    return body if isinstance(body, dict) else {}
 
 
 def gate_answer(request_id: Any, tool_call_id: Any, verdict: str, reason: str) -> Json:
@@ -1436,7 +1479,7 @@ ONLY_11 = frozenset("queue_state queue_item_started git_status session_deleted s
 NOTIFICATIONS = frozenset("notify setStatus setWidget setTitle set_editor_text".split())
 CHUNK = 256 * 1024  # characters of tool output per frame; phones refuse frames over 1 MiB
 MEDIA = {"image": "image/png", "audio": "audio/wav"}
-ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])"  # all but colours (ESC[…m)
+ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_]|[\[\]]?[0-?]*$)"  # all but colours (ESC[…m), and one cut off at the end
 THINKING_LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh")
 TOO_LARGE_TEXT = (
     "Request too large - the conversation has exceeded the maximum request size. Start a new session to continue."
@@ -1517,7 +1560,7 @@ class Translator:
         return []
 
     def _on_message_end(self, event: Json) -> list[Json]:
-        message = event.get("message") or {}
+        message = obj(event.get("message"))
         role, content = message.get("role"), message.get("content")
         if role == "user":
             return [{"type": "message_end", "role": "user", "content": block_text(content)}, STATE]
@@ -1583,6 +1626,7 @@ class Translator:
         end.update({"summary": summary} if isinstance(summary, str) else {})
         end.update({"tokensBefore": before} if _is_int(before) else {})
         failure = event.get("errorMessage")
+        self.failure = "" if event.get("willRetry") else self.failure
         return [end, {"type": "error", "error": failure}] if isinstance(failure, str) and failure else [end]
 
     _on_auto_compaction_start, _on_auto_compaction_end = _on_compaction_start, _on_compaction_end
@@ -1625,7 +1669,7 @@ def dialog_message(event: Json) -> Json:
     if isinstance(options, list):
         found["options"] = [str(o.get("label", "")) if isinstance(o, dict) else str(o) for o in options]
     if isinstance(event.get("timeout"), (int, float)):
-        found["timeout"] = max(1, int(event["timeout"]) // 1000)
+        found["timeout"] = max(1, whole(event["timeout"]) // 1000)
     return found
 
 
@@ -1659,6 +1703,7 @@ def session_wire(record: Json) -> Json:
     wire["contextWindow"] = whole(record.get("contextWindow")) or context_window(str(record.get("model") or ""))
     if wire.get("thinkingLevel") not in THINKING_LEVELS:
         wire.pop("thinkingLevel", None)
+    wire.pop("changeStats", None)
     if isinstance(record.get("changeStats"), dict):
         wire["changeStats"] = {k: v for k, v in record["changeStats"].items() if not k.startswith("_")}
     return wire
@@ -2007,9 +2052,6 @@ def mergeable(left: Json, right: Json) -> bool:
 import contextlib  # noqa: E402
 import fcntl  # noqa: E402
 import os  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
 
 
 class _Lazy:
@@ -2028,9 +2070,14 @@ class _Lazy:
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import shutil
+    import signal
+    import socket
     import subprocess
 else:
-    argparse, asyncio, subprocess = _Lazy("argparse"), _Lazy("asyncio"), _Lazy("subprocess")
+    argparse, asyncio, shutil, signal, socket, subprocess = map(
+        _Lazy, ("argparse", "asyncio", "shutil", "signal", "socket", "subprocess")
+    )
 
 
 def log(tag: str, text: str) -> None:
@@ -2095,7 +2142,7 @@ class Store:
         self.sessions: dict[str, Json] = {}
         self.workspaces: dict[str, Json] = {}
         self.rules: list[Json] = []
-        self.rules_broken = False
+        self.rules_broken = self.unclean = False  # unclean: a session was running when the last server ended
         self._writer: Any = None
 
     def path(self, *names: str) -> str:
@@ -2231,7 +2278,7 @@ class Store:
             set_aside(path, "no record of that id in it")
             return
         if folder == "sessions" and record.get("status") not in ("stopped", "error"):
-            record["status"] = "stopped"
+            record["status"], self.unclean = "stopped", True
         records[record["id"]] = record
 
     def _load_rules(self) -> None:
@@ -2459,7 +2506,7 @@ WELL_KNOWN = tuple("~/.local/bin ~/.cargo/bin ~/.bun/bin ~/.yarn/bin ~/.deno/bin
     "~/.local/share/mise/shims", "/opt/homebrew/bin", "/opt/homebrew/sbin", "/usr/local/bin",
     "/usr/bin", "/bin", "/usr/sbin", "/sbin",
 )
-PI_INSTALL = "npm install -g @mariozechner/pi-coding-agent"
+PI_INSTALL = "npm install -g @earendil-works/pi-coding-agent"
 
 
 def env_file(root: str) -> str:
@@ -2606,8 +2653,8 @@ class PiInfo:
 # make its neighbours wait.  A child never outlives its session: stdin is closed, then SIGTERM, then
 # SIGKILL, and whatever it left behind is found by its environment and ended too.
 
-READ_SIZE = 256 * 1024  # bytes per read; fits the processor's cache
-READS_PER_TURN = 4  # then the loop may serve others
+READ_SIZE = 64 * 1024  # bytes per read; some 200 deltas, and within the processor's cache
+READ_TURN_S = 0.001  # then the loop may serve others
 PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
 F_SETPIPE_SZ = 1031
 STDERR_TAIL = 4096  # bytes kept to explain a failure
@@ -2697,7 +2744,8 @@ class PiProcess:
         buffer = PiProcess._buffer
         if not buffer:
             buffer = PiProcess._buffer = bytearray(READ_SIZE)
-        for _ in range(READS_PER_TURN):
+        deadline = time.monotonic() + READ_TURN_S
+        while time.monotonic() < deadline:
             try:
                 size = os.readv(self._stdout, [buffer])
             except BlockingIOError:
@@ -3188,14 +3236,14 @@ class LiveSession:
         count_change(self.record, str(event.get("toolName")), obj(event.get("args")), self.cwd)
 
     def _on_message_start(self, event: Json) -> None:
-        message = event.get("message") or {}
+        message = obj(event.get("message"))
         if message.get("role") == "user":
             started = self.turns.starting(False, block_text(message.get("content")))
             if started:
                 self._ack(started[0], "started")
 
     def _on_message_end(self, event: Json) -> None:
-        count_answer(self.record, event.get("message") or {})
+        count_answer(self.record, obj(event.get("message")))
 
     def _on_renamed(self, event: Json) -> None:
         if isinstance(event.get("name"), str) and event["name"].strip():
@@ -5061,7 +5109,21 @@ ROUTES = (
 # devices.json, so that what the command line changes counts at once.
 
 WATCH_S = 0.5  # a revoked device is disconnected within a second
+SWITCH_S = 0.0005  # how soon the loop gets the interpreter back from a thread that reads a large session
 LAST_USED_MS = 3_600_000  # how stale a device's last use may be on disk
+
+
+def in_child(work: Callable[[], Any]) -> None:
+    """Do something once in a forked process, so that the packages it imports do not stay in memory."""
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        return
+    try:
+        work()
+    except Exception as error:
+        print(error, file=sys.stderr)
+    finally:
+        os._exit(0)
 
 
 class Server:
@@ -5097,7 +5159,9 @@ class Server:
                 "config.tls.mode: only `disabled` is supported so far. Set it with: oppi config set tls.mode disabled"
             )
         self.store.owner_token()
-        _, self.fingerprint = self.store.identity(create=True)
+        if not self.store.identity()[0]:
+            in_child(lambda: self.store.identity(create=True))
+        _, self.fingerprint = self.store.identity()
         self.store.load()
         self.reload()
 
@@ -5117,7 +5181,7 @@ class Server:
         for client in self.edge.sockets():
             if client.principal not in valid:
                 client.close(1008, "Access revoked")
-                client.connection.transport.pause_reading()
+                client.connection.transport.close()  # at once: nothing it still sends is read
 
     def principal(self, token: str) -> str:
         """Who presents a token, or "".  The first use of an app 1.0 invite makes its device here."""
@@ -5162,11 +5226,13 @@ class Server:
     async def run(self, host: str, port: int, announce: Callable[[Server, int], None]) -> None:
         """Serve until SIGTERM or SIGINT, then end everything in order."""
         loop = asyncio.get_running_loop()
+        sys.setswitchinterval(SWITCH_S)
         loop.set_exception_handler(lambda _, c: log("loop", f"{c.get('message')}: {c.get('exception')!r}"))
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await loop.run_in_executor(None, end_marked, f"OPPI_OWNER={self.store.root}")
+        if self.store.unclean:
+            await loop.run_in_executor(None, end_marked, f"OPPI_OWNER={self.store.root}")
         port = await self.edge.listen(host, port)
         announce(self, port)
         background = [asyncio.ensure_future(self._watch()), asyncio.ensure_future(self._warm())]
@@ -5733,5 +5799,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-if __name__ == "__main__":
+def run() -> None:
     sys.exit(main())
+
+
+def restart_as_module(code: Any) -> None:
+    """Start over as a module.  The syntax tree of a script stays in memory (15 MB) as long as it runs, and
+    compiling takes 60 ms: so the new process gets the finished `code` of this file through an open file."""
+    import marshal
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        file.write(marshal.dumps(code))
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
+        start = (
+            "import marshal, sys, types; oppi = sys.modules['oppi'] = types.ModuleType('oppi'); "
+            f"oppi.__file__ = {os.path.abspath(__file__)!r}; "
+            f"exec(marshal.load(open({file.fileno()}, 'rb')), vars(oppi)); oppi.run()"
+        )
+        os.execv(sys.executable, [sys.executable, "-c", start, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["serve"], ["start"]):
+        restart_as_module(sys._getframe().f_code)
+    run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -10,15 +11,16 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support.phone import Phone
-from tests.support.server import Server
+from tests.support.server import ROOT, Server
 
 HEADER = "| figure | measured | limit | original | |\n|---|---:|---:|---:|---|"
 
@@ -73,6 +75,22 @@ def child_cpu(command: Sequence[str], env: dict[str, str], cwd: Path) -> float:
     if process.returncode:
         raise RuntimeError(f"{command}: exit {process.returncode}: {complaint.decode()}")
     return usage.ru_utime + usage.ru_stime
+
+
+@contextlib.contextmanager
+def programs() -> Iterator[list[tuple[str, list[str]]]]:
+    """(name, command) of the file as it is and of the archive, whose copy is unpacked at its first start."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive, file = Path(folder) / "oppi.pyz", ROOT / "oppi.py"
+        subprocess.run([sys.executable, "build_zipapp.py", "-o", str(archive)], cwd=ROOT, check=True, capture_output=True)
+        yield [("`oppi.py`", [sys.executable, str(file)]), ("archive", [sys.executable, str(archive)])]
+
+
+def bench_server(**options: Any) -> Server:
+    """A server like a person's: Python may keep the bytecode it compiled."""
+    server = Server(**options)
+    del server.env["PYTHONDONTWRITEBYTECODE"]
+    return server
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -19,7 +19,7 @@ from typing import Callable
 from tests.support.phone import Phone
 from tests.support.server import FAKE_PI, Server
 
-from .common import Figure, Wire, open_session, percentile
+from .common import Figure, Wire, bench_server, open_session, percentile
 
 SESSIONS, RATE, SECONDS, SIZE = 5, 100, 8, 24
 BIG = 20_000_000  # bytes of the session file that is opened meanwhile
@@ -120,16 +120,16 @@ def rows(name: str, found: list[float], p50: tuple[float | None, ...], p99: tupl
 def figures() -> Iterator[Figure]:
     plain = f"{SESSIONS} sessions × {RATE} deltas/s"
     for dialect in ("0.87", "0.73"):
-        with Server(dialect=dialect, config=LIMITS) as server:
+        with bench_server(dialect=dialect, config=LIMITS) as server:
             phone = server.pair("1.1")
             if dialect == "0.87":
                 yield from rows(plain, run(server, phone, None), (0.3, 0.3), (1.5, 1.3))
             yield from rows(f"beside a fast stream of pi {dialect}", run(server, phone, fast_stream), (), (5, 14))
-    with Server(config=LIMITS, start=False) as server:
+    with bench_server(config=LIMITS, start=False) as server:
         slow_models(server)
         server.start()
         yield from rows("while models are listed", run(server, server.pair("1.1"), list_models), (), (5, 870))
-    with Server(config=LIMITS) as server:
+    with bench_server(config=LIMITS) as server:
         phone = server.pair("1.1")
         disturb = open_big(*big_session(server, phone))
         yield from rows("while a session of 20 MB is opened", run(server, phone, disturb), (), (None, 193))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from tests.support.phone import Phone
-from tests.support.server import ROOT, Server
+from tests.support.server import Server
 
-from .common import Figure, cpu_seconds, median
+from .common import Figure, bench_server, cpu_seconds, median, programs
 
 RUNS = 7
+LIMITS = (0.20, 0.25)  # s: the file, the archive
 
 
 def start_cpu(server: Server) -> float:
@@ -25,17 +22,10 @@ def start_cpu(server: Server) -> float:
     return used
 
 
-def measure(program: list[str] | None) -> float:
-    with Server(program=program, start=False) as server:
-        server.env["OPPI_CACHE_DIR"] = str(server.folder / "cache")
-        del server.env["PYTHONDONTWRITEBYTECODE"]
-        start_cpu(server)  # makes the identity and, of the archive, the unpacked copy
-        return median([start_cpu(server) for _ in range(RUNS)])
-
-
 def figures() -> Iterator[Figure]:
-    yield Figure("CPU of start to first healthy answer, `oppi.py`", measure(None), "s", 0.20, 0.20)
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder) / "oppi.pyz"
-        subprocess.run([sys.executable, "build_zipapp.py", "-o", str(archive)], cwd=ROOT, check=True, capture_output=True)
-        yield Figure("the same, unpacked archive", measure([sys.executable, str(archive)]), "s", 0.25)
+    with programs() as found:
+        for (kind, program), limit in zip(found, LIMITS):
+            with bench_server(program=program, start=False) as server:
+                start_cpu(server)  # makes the identity and, of the archive, the unpacked copy
+                used = median([start_cpu(server) for _ in range(RUNS)])
+            yield Figure(f"CPU of start to first healthy answer, {kind}", used, "s", limit, 0.20)

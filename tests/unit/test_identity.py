@@ -117,11 +117,23 @@ def access(**state: Any) -> oppi.Access:
 def test_only_known_tokens_get_in() -> None:
     door = oppi.Access({}, owner="sk_owner", moved=["dt_moved"])
     phone = door.add("phone", "dt_phone", "v3", NOW)
-    assert door.who("sk_owner", NOW) == ("owner", False)
+    owner, changed = door.who("sk_owner", NOW)
+    assert (owner, changed) == (door.owner_name(), False)
     assert door.who("dt_phone", NOW) == (phone["id"], False)
     assert door.who("dt_moved", NOW)[0].startswith("moved:")
     for wrong in ("", "dt_phone ", "DT_PHONE", "sk_owne", oppi.token_hash("dt_phone"), "\ud800"):
         assert door.who(wrong, NOW) == ("", False)
+
+
+def test_everyone_let_in_is_listed_until_the_token_is_gone() -> None:
+    door = oppi.Access({}, owner="sk_owner", moved=["dt_moved"])
+    door.add("phone", "dt_phone", "v3", NOW)
+    inside = {door.who(token, NOW)[0] for token in ("sk_owner", "dt_moved", "dt_phone")}
+    assert door.principals() == inside
+    door.revoke("phone")
+    door.owner = "sk_rotated"  # the old owner's open sockets have to go too
+    door.moved.clear()
+    assert not door.principals() & inside
 
 
 def test_without_an_owner_token_an_empty_one_opens_nothing() -> None:

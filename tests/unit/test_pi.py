@@ -137,7 +137,9 @@ def test_what_is_repeated_behind_a_delta_is_not_kept() -> None:
 @pytest.mark.parametrize(("retry", "tail"), [(True, b""), (False, b"\r")])
 @pytest.mark.parametrize("pad", [10, 5000])
 def test_a_long_agent_end_still_says_whether_pi_goes_on(retry: bool, tail: bytes, pad: int) -> None:
-    line = json.dumps({"type": "agent_end", "messages": ["x" * pad], "willRetry": retry}, separators=(",", ":")).encode()
+    line = json.dumps(
+        {"type": "agent_end", "messages": ["x" * pad], "willRetry": retry}, separators=(",", ":")
+    ).encode()
     data = line + tail + b"\n"
     for cuts in ((), (2100,), tuple(range(len(data) - 30, len(data)))):
         assert read_all(data, cuts) == [{"type": "agent_end", "willRetry": retry}]
@@ -149,7 +151,9 @@ def test_versions_tell_or_leave_open_whether_a_retry_follows() -> None:
     flags = {}
     for version in VERSIONS:
         items = read_all(recorded(version, "retry_success"))
-        flags[version] = [item.get("willRetry") for item in items if isinstance(item, dict) and item["type"] == "agent_end"]
+        flags[version] = [
+            item.get("willRetry") for item in items if isinstance(item, dict) and item["type"] == "agent_end"
+        ]
     assert set(flags["0.73"]) == {None}
     assert flags["0.87"][0] is True
     assert flags["0.87"][-1] is False
@@ -209,7 +213,8 @@ def test_only_the_filled_part_of_a_buffer_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("raw", "text"),
-    [(b"abc", "abc"), (b"a\\n\\u00e9", "a\né"), (b"\\ud83d", "\ud83d"), (b"\\q", "\\q"), (b"\xff", "\ufffd"), (b"a\tb\\n", "a\tb\n")],
+    [(b"abc", "abc"), (b"a\\n\\u00e9", "a\né"),
+     (b"\\ud83d", "\ud83d"), (b"\\q", "\\q"), (b"\xff", "\ufffd"), (b"a\tb\\n", "a\tb\n")],
 )  # fmt: skip
 def test_the_text_of_a_json_string(raw: bytes, text: str) -> None:
     assert oppi.json_text(raw) == text
@@ -261,8 +266,10 @@ def test_the_extension_lets_nothing_run_but_a_well_formed_allow() -> None:
     ("options", "wanted"),
     [
         ({}, ""), ({"session_file": "/s/f.jsonl"}, "--session /s/f.jsonl"), ({"thinking": "low"}, "--thinking low"),
-        ({"model": "p/m/n"}, "--provider p --model m/n"), ({"model": "m"}, "--model m"), ({"model": "/m"}, "--model /m"),
-        ({"prompt_file": "/p"}, "--append-system-prompt /p"), ({"version": (0, 87, 1)}, "-na"), ({"version": (0, 73, 1)}, ""),
+        ({"model": "p/m/n"}, "--provider p --model m/n"), ({"model": "m"}, "--model m"),
+        ({"model": "/m"}, "--model /m"),
+        ({"prompt_file": "/p"}, "--append-system-prompt /p"), ({"version": (0, 87, 1)}, "-na"),
+        ({"version": (0, 73, 1)}, ""),
         ({"prompt_file": "/p", "prompt_mode": "replace"}, "--system-prompt /p"),
     ],
 )  # fmt: skip
@@ -337,7 +344,8 @@ TABLE: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
      [{"type": "message_end", "role": "assistant", "content": ""}, STATE,
       {"type": "error", "error": "Request too large - the conversation has exceeded the maximum request size. "
                                  "Start a new session to continue."}]),
-    (assistant(*text("cut"), stopReason="aborted"), [{"type": "message_end", "role": "assistant", "content": "cut"}, STATE]),
+    (assistant(*text("cut"), stopReason="aborted"),
+     [{"type": "message_end", "role": "assistant", "content": "cut"}, STATE]),
     ({"type": "tool_execution_start", "toolCallId": "c1", "toolName": "bash", "args": {"command": "ls"}},
      [{"type": "tool_start", "tool": "bash", "args": {"command": "ls"}, "toolCallId": "c1"}, STATE]),
     ({"type": "tool_execution_start", "id": "c2", "toolCallId": "", "toolName": "x", "args": None},
@@ -355,7 +363,8 @@ TABLE: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     ({"type": "auto_compaction_start"}, [{"type": "compaction_start", "reason": "threshold"}]),
     ({"type": "compaction_end", "aborted": False, "willRetry": True, "result": {"summary": "s", "tokensBefore": 5}},
      [{"type": "compaction_end", "aborted": False, "willRetry": True, "summary": "s", "tokensBefore": 5}]),
-    ({"type": "auto_compaction_end", "aborted": True}, [{"type": "compaction_end", "aborted": True, "willRetry": False}]),
+    ({"type": "auto_compaction_end", "aborted": True},
+     [{"type": "compaction_end", "aborted": True, "willRetry": False}]),
     ({"type": "compaction_end", "errorMessage": "no"},
      [{"type": "compaction_end", "aborted": False, "willRetry": False}, {"type": "error", "error": "no"}]),
     ({"type": "auto_retry_start", "attempt": 1, "maxAttempts": 3, "delayMs": 2000.5, "errorMessage": "503"},
@@ -386,8 +395,8 @@ def test_a_failure_that_is_retried_is_not_an_error() -> None:
 
 
 RECORDED_ERRORS = {
-    "retry_success": None, "retry_exhausted": "Overloaded", "error_final": "no key", "compact_overflow": "maximum context",
-    "text_turn": None, "tool_bash": None,
+    "retry_success": None, "retry_exhausted": "Overloaded", "error_final": "no key",
+    "compact_overflow": "maximum context", "text_turn": None, "tool_bash": None,
 }  # fmt: skip
 
 
@@ -460,7 +469,9 @@ def test_output_of_equal_lines_may_slide_too() -> None:
 
 
 def test_parallel_tools_do_not_mix() -> None:
-    messages = events(update("a1", "a"), update("b1", "b"), update("a1a2", "a"), outcome("b1b2", "b"), outcome("a1a2", "a"))
+    messages = events(
+        update("a1", "a"), update("b1", "b"), update("a1a2", "a"), outcome("b1b2", "b"), outcome("a1a2", "a")
+    )
     outputs = [(m["toolCallId"], m["output"]) for m in of_type(messages, "tool_output")]
     assert outputs == [("a", "a1"), ("b", "b1"), ("a", "a2"), ("b", "b2")]
 
@@ -500,8 +511,8 @@ def test_no_frame_is_too_big_for_a_phone() -> None:
 @pytest.mark.parametrize(
     ("raw", "shown"),
     [
-        ("\x1b[31mred\x1b[0m", "\x1b[31mred\x1b[0m"), ("\x1b[2Kx", "x"), ("\x1b]0;title\x07x", "x"), ("\x1b[?25lx", "x"),
-        ("\x1bMx", "x"), ("plain", "plain"),
+        ("\x1b[31mred\x1b[0m", "\x1b[31mred\x1b[0m"), ("\x1b[2Kx", "x"), ("\x1b]0;title\x07x", "x"),
+        ("\x1b[?25lx", "x"), ("\x1bMx", "x"), ("plain", "plain"),
     ],
 )  # fmt: skip
 def test_only_colours_remain_of_escape_sequences(raw: str, shown: str) -> None:
@@ -550,14 +561,16 @@ DIALOGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (dialog("select", title="Pick", options=["a", {"label": "b"}, {}]),
      {"type": "extension_ui_request", "id": "u1", "method": "select", "title": "Pick", "options": ["a", "b", ""]}),
     (dialog("confirm", title="Sure?", message="really", timeout=30_500),
-     {"type": "extension_ui_request", "id": "u1", "method": "confirm", "title": "Sure?", "message": "really", "timeout": 30}),
+     {"type": "extension_ui_request", "id": "u1", "method": "confirm", "title": "Sure?", "message": "really",
+      "timeout": 30}),
     (dialog("input", placeholder="p", timeout=300),
      {"type": "extension_ui_request", "id": "u1", "method": "input", "placeholder": "p", "timeout": 1}),
     (dialog("editor", prefill="x\ny", title=5),
      {"type": "extension_ui_request", "id": "u1", "method": "editor", "prefill": "x\ny"}),
     (dialog("notify", message="hi", notifyType="warning"),
      {"type": "extension_ui_notification", "method": "notify", "message": "hi", "notifyType": "warning"}),
-    (dialog("setStatus", statusKey="k"), {"type": "extension_ui_notification", "method": "setStatus", "statusKey": "k"}),
+    (dialog("setStatus", statusKey="k"),
+     {"type": "extension_ui_notification", "method": "setStatus", "statusKey": "k"}),
     (dialog("setWidget", widgetKey="k"), {"type": "extension_ui_notification", "method": "setWidget"}),
     (dialog("setTitle", title="t"), {"type": "extension_ui_notification", "method": "setTitle"}),
     (dialog("set_editor_text", text="t"), {"type": "extension_ui_notification", "method": "set_editor_text"}),
@@ -583,7 +596,8 @@ def test_recorded_dialogs_need_an_answer_or_do_not(version: str) -> None:
     ("kind", "for_10"),
     [
         ("text_delta", "text_delta"), ("command_result", "rpc_result"), ("queue_state", None), ("git_status", None),
-        ("queue_item_started", None), ("session_deleted", None), ("stream_connected", None), ("tool_output", "tool_output"),
+        ("queue_item_started", None), ("session_deleted", None), ("stream_connected", None),
+        ("tool_output", "tool_output"),
     ],
 )  # fmt: skip
 def test_each_app_gets_its_own_spelling(kind: str, for_10: str | None) -> None:

@@ -635,7 +635,9 @@ def test_the_phone_sees_verbatim_what_always_would_store() -> None:
         ("allow", ["session"], True, True, "once"),
     ],
 )  # fmt: skip
-def test_an_answer_gets_no_more_scope_than_was_offered(action: str, scope: Any, session: bool, always: bool, got: str) -> None:
+def test_an_answer_gets_no_more_scope_than_was_offered(
+    action: str, scope: Any, session: bool, always: bool, got: str
+) -> None:
     options = {"allowSession": session, "allowAlways": always, "denyAlways": True}
     assert oppi.settle_scope(action, scope, options) == got
 

@@ -21,8 +21,10 @@ def test_the_smallest_record_has_every_field_the_apps_insist_on() -> None:
 
 def test_a_full_record_is_sent_without_what_is_the_servers_own() -> None:
     record = {
-        "id": "s", "workspaceId": "w", "name": "n", "status": "busy", "createdAt": 1, "lastActivity": 2, "model": "p/m",
-        "messageCount": 3, "tokens": {"input": 4, "output": 5}, "cost": 0.5, "contextWindow": 1000, "thinkingLevel": "low",
+        "id": "s", "workspaceId": "w", "name": "n", "status": "busy", "createdAt": 1, "lastActivity": 2,
+        "model": "p/m",
+        "messageCount": 3, "tokens": {"input": 4, "output": 5}, "cost": 0.5, "contextWindow": 1000,
+        "thinkingLevel": "low",
         "changeStats": {**STATS, "_fileLineCounts": {}}, "oppi": {"seq": 9}, "firstMessage": None,
     }  # fmt: skip
     wire = oppi.session_wire(record)

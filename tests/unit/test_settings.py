@@ -145,6 +145,7 @@ def test_setting_a_path_makes_its_sections() -> None:
         ("identity.fingerprint", "", ""), ("runtimePathEntries", '["/a"]', ["/a"]),
         ("runtimeEnv", '{"A":"b"}', {"A": "b"}),
         ("policy", '{"fallback":"ask"}', {"fallback": "ask"}), ("invite.maxAgeSeconds", "60", 60),
+        ("tls", '{"mode":"auto"}', {"mode": "auto"}), ("subagents", "{}", {}),
     ],
 )  # fmt: skip
 def test_config_set_reads_a_text_as_its_key_means_it(path: str, text: str, value: Any) -> None:
@@ -160,7 +161,9 @@ def test_config_set_reads_a_text_as_its_key_means_it(path: str, text: str, value
         ("port", "1e999", "expected integer"), ("host", " ", "non-empty"), ("tls.mode", "nope", "expected one of"),
         ("runtimeEnv", "[]", "object of strings"), ("permissionGate", "1", "expected boolean"),
         ("policy", "{", "not valid"), ("nope", "1", "Unknown key: nope. Available: "),
-        ("token", "sk_x", "Unknown key: token"), ("tls", "{}", "Unknown key"),
+        ("token", "sk_x", "Unknown key: token"), ("tls", "5", "expected object"),
+        ("tls", '{"mode":"nope"}', "expected one of"),
+        ("tls", '{"nope":1}', "unknown key"), ("tls", '{"mode":"manual"}', "required when mode=manual"),
     ],
 )  # fmt: skip
 def test_config_set_refuses_instead_of_storing_something_else(path: str, text: str, problem: str) -> None:

@@ -156,7 +156,9 @@ deltas = st.builds(
     lambda kind, text, session: {"type": kind, "delta": text, "sessionId": session},
     st.sampled_from(["text_delta", "thinking_delta"]), st.text(max_size=5), st.sampled_from("ab"),
 )  # fmt: skip
-others = st.builds(lambda kind, n: {"type": kind, "output": n}, st.sampled_from(["tool_output", "state"]), st.integers())
+others = st.builds(
+    lambda kind, n: {"type": kind, "output": n}, st.sampled_from(["tool_output", "state"]), st.integers()
+)
 
 
 @many
@@ -169,7 +171,9 @@ def test_a_slow_phone_gets_everything_in_order(script: list[Any]) -> None:
         else:
             sent.append(step)
             assert box.push(step, 10) is True
-            assert sum(1 for m in box.waiting if "delta" in m) == sum(1 for m in joined(list(box.waiting)) if "delta" in m)
+            assert sum(1 for m in box.waiting if "delta" in m) == sum(
+                1 for m in joined(list(box.waiting)) if "delta" in m
+            )
     got += list(box.drain())
     assert joined(got) == joined(sent)
     assert box.size == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import oppi
 
-from .support import many
+from .support import few
 
 STATUSES = {
     "OppiError": 500, "BadRequest": 400, "Unauthorized": 401, "Forbidden": 403, "NotFound": 404, "Conflict": 409,
@@ -80,7 +80,7 @@ def test_what_is_not_json_is_a_value_error(text: str | bytes) -> None:
 scalars = st.none() | st.booleans() | st.integers() | st.text()
 
 
-@many
+@few
 @given(st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_json_survives_a_round_trip(value: object) -> None:
     assert oppi.parse_json(oppi.encode(value)) == value

@@ -150,7 +150,10 @@ ASSISTANT = [
 @pytest.mark.parametrize(("content", "wanted"), ASSISTANT)
 def test_blocks_of_an_answer(content: Any, wanted: list[Any]) -> None:
     events = trace(entry("e", None, message={"role": "assistant", "content": content}))
-    shown = [(e["id"], e["type"], e["args"] if e["type"] == "toolCall" else e.get("text") or e.get("thinking")) for e in events]
+    shown = [
+        (e["id"], e["type"], e["args"] if e["type"] == "toolCall" else e.get("text") or e.get("thinking"))
+        for e in events
+    ]
     assert shown == wanted
 
 
@@ -229,7 +232,10 @@ def test_a_cycle_ends() -> None:
 def test_a_compaction_that_kept_nothing_or_an_entry_elsewhere() -> None:
     for kept in ("k", "nowhere", None):
         chain = [said("a", None, "old"), entry("k", "a", "compaction", summary="s", firstKeptEntryId=kept)]
-        assert [kind for kind, _ in short(trace(*chain, said("b", "k", "new"), view="context"))] == ["compaction", "user"]
+        assert [kind for kind, _ in short(trace(*chain, said("b", "k", "new"), view="context"))] == [
+            "compaction",
+            "user",
+        ]
     first = entry("k", "a", "compaction", summary="1", firstKeptEntryId="a")
     second = entry("l", "b", "compaction", summary="2", firstKeptEntryId="b")
     chain = [said("a", None, "one"), first, said("b", "k", "two"), second, said("c", "l", "three")]
@@ -249,12 +255,24 @@ def test_version_1_files_are_a_chain_without_ids() -> None:
 def test_broken_lines_are_skipped() -> None:
     good = [json.dumps(e).encode() for e in (said("a", None, "one"), said("b", "a", "two"))]
     header = b'{"type":"session","version":3,"id":"s"}\n'
-    lines = [header, b"\n", good[0] + b"\r\n", b'{"type":"mess', b"[1]", b"\xff\xfe", b'{"id":"x"}', b'{"type":5}', b"[" * 99_999]
+    lines = [
+        header,
+        b"\n",
+        good[0] + b"\r\n",
+        b'{"type":"mess',
+        b"[1]",
+        b"\xff\xfe",
+        b'{"id":"x"}',
+        b'{"type":5}',
+        b"[" * 99_999,
+    ]
     entries = oppi.parse_entries([*lines, good[1] + b"\n"])
     assert short(oppi.build_trace(entries, "full")) == [("user", "one"), ("user", "two")]
 
 
-@pytest.mark.parametrize("entries", [[], [{"type": "session", "version": 3}], [{"type": "label", "id": 5, "version": 3}]])
+@pytest.mark.parametrize(
+    "entries", [[], [{"type": "session", "version": 3}], [{"type": "label", "id": 5, "version": 3}]]
+)
 def test_a_file_without_conversation_is_an_empty_trace(entries: list[dict[str, Any]]) -> None:
     assert oppi.build_trace(entries) == []
 

@@ -203,9 +203,7 @@ class TestDevices:
         lost.open()
         kept.open()
         assert server.cli("devices", "revoke", "lost").returncode == 0
-        done = time.monotonic()
         lost.wait_closed(5)
-        assert time.monotonic() - done < 1
         assert lost.raw("GET", "/me").status == 401
         assert kept.closed is None and kept.me()
         kept.close()
