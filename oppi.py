@@ -1296,6 +1296,7 @@ export default function (pi) {
   });
 }
 """
+MODERN = (0, 80)  # from this version on pi is P87: it trusts projects only when told, and can clear its queue
 LINE_LIMIT = 256 * 1024 * 1024  # bytes; a longer line ends the session, an image or a history fits many times
 HEAD = 2048  # bytes of an unfinished line after which its front is looked at
 UPDATE = (
@@ -1464,7 +1465,7 @@ def pi_arguments(
     optional["--system-prompt" if prompt_mode == "replace" else "--append-system-prompt"] = prompt_file
     for flag, value in optional.items():
         arguments += [flag, value] if value else []
-    return arguments + (["-na"] if version >= (0, 80) else [])
+    return arguments + (["-na"] if version >= MODERN else [])
 
 
 STATE: Json = {"type": "state"}  # placeholder: the session puts its record in
@@ -2098,13 +2099,16 @@ AUDIT_LIMIT = 10 * 1024 * 1024  # bytes, then the file is rotated
 
 def make_private(path: str) -> None:
     """Create a folder and its missing parents, 0700.  An existing one is left as it is."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    if not os.path.isdir(path):
+        make_private(os.path.dirname(os.path.abspath(path)))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
 
 
-def write_file(path: str, data: bytes, mode: int = 0o600) -> None:
+def write_file(path: str, data: bytes) -> None:
     """Replace a file, whole or not at all.  Raises OSError, leaving the old file as it was."""
     temporary = f"{path}.{new_id()}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with open(descriptor, "wb") as file:
             file.write(data)
@@ -2394,12 +2398,12 @@ class Store:
         private_text, public_text = generate_identity()
         make_private(os.path.dirname(private))
         write_file(private, private_text.encode())
-        write_file(public, public_text.encode(), 0o644)
+        write_file(public, public_text.encode())
 
     def _fingerprint(self, private: str, public: str) -> str:
         if not os.path.exists(public):
             with open(private, encoding="ascii") as file:
-                write_file(public, public_pem(file.read()).encode(), 0o644)
+                write_file(public, public_pem(file.read()).encode())
         with open(public, encoding="ascii") as file:
             return fingerprint(public_raw(file.read()))
 
@@ -2783,11 +2787,11 @@ class PiProcess:
         asyncio.get_running_loop().remove_reader(self._stderr_end)
         os.close(self._stderr_end)
         self._stop_reading()
-        self.exited.set()
         for done in list(self.calls.values()):
             done({"success": False, "error": "pi has ended"})
         self.calls.clear()
         self.on_exit(code, self.trouble or self._stderr.decode("utf-8", "replace").strip())
+        self.exited.set()
 
     def send(self, message: Json) -> None:
         """Write one line to pi; nothing happens when it has ended."""
@@ -2856,6 +2860,7 @@ ABORT_S, ABORT_AGAIN_S = 8.0, 5.0
 HELD_ACK_S = 1.0  # a turn pi has not answered after this is acknowledged as held
 GATE_WAIT_S = 5.0
 SILENCE_S = 8.0  # the apps reconnect after 45 s without a text, thinking or tool frame
+OWN_TURN = "own turn:"  # id of a turn the phone gave none: it is not acknowledged
 FOR_EVER_MS = 100 * 365 * 86_400_000
 AUDIT_LAYERS = {"user": "user_response", "timeout": "timeout", "extension_lost": "extension_lost"}
 
@@ -2987,10 +2992,12 @@ class LiveSession:
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait)
         self.free.set()
         self.gated = asyncio.Event()  # the gate has said hello
-        self.running = self.ended = self.clearing = False
+        self.running = self.ended = self.clearing = self.tripped = False
+        self.epoch = new_id(16)  # in the environment of this pi and of all it starts
+        self.modern = sessions.pi.version >= MODERN
         self.stop_mode = ""  # "abort" or "terminate" while one is pending
         self.busy_before_stop = "busy"
-        self.cwd = ""
+        self.cwd = self.exit_text = ""
         self._delta: list[str] = []
         self._delta_kind = ""
         self._flushed = self.spoke = time.monotonic()
@@ -3001,16 +3008,15 @@ class LiveSession:
 
     async def start(self) -> None:
         """Spawn pi and wait until it answers.  Raises PiFailed; then no child is left."""
-        loop = asyncio.get_running_loop()
         self._reserve_seq()
         try:
             argv, self.cwd, env = await self.sessions.command_line(self.record, self.workspace)
+            env["OPPI_EPOCH"] = self.epoch
             await self.pi.start(argv, self.cwd, env)
             state = await self.pi.request({"type": "get_state"}, START_LIMIT_S)
         except PiFailed as error:
             text = str(error)
             if self.pi.exited.is_set():
-                await asyncio.sleep(0)
                 text = f"pi exited before ready: {self.id}. {self.exit_text[:500]}"
             elif text.startswith("RPC timeout"):
                 text = f"Timeout waiting for pi: {self.id}"
@@ -3022,10 +3028,7 @@ class LiveSession:
         self.adopt(state)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.gated.wait(), GATE_WAIT_S)
-        self._timers["settings"] = loop.call_soon(self.save)
         self.set_status("ready")
-
-    exit_text = ""
 
     async def _discard(self) -> None:
         """End a pi that did not start; nothing is announced."""
@@ -3149,6 +3152,8 @@ class LiveSession:
     def _on_items(self, items: list[Json | Delta]) -> None:
         self.used = time.monotonic()
         for item in items:
+            if self.tripped:
+                return
             try:
                 if isinstance(item, Delta):
                     self._on_delta(item)
@@ -3297,8 +3302,8 @@ class LiveSession:
 
     def _on_gate(self, request_id: Any, question: Json) -> None:
         """Judge one tool call; whatever goes wrong here is a no."""
-        tool, call_id, given = (question.get(name) for name in ("tool", "toolCallId", "input"))
-        if not (isinstance(tool, str) and isinstance(call_id, str) and call_id and isinstance(given, dict)):
+        tool, call_id, given = (cast("Any", question.get(name)) for name in ("tool", "toolCallId", "input"))
+        if not (_is_text(tool) and _is_text(call_id) and isinstance(given, dict)):
             self.pi.send(gate_answer(request_id, call_id, "deny", "Malformed question of the gate"))
             return
         if call_id in self.asked:
@@ -3348,6 +3353,7 @@ class LiveSession:
                 "code": "gate_bypassed",
             }
         )
+        self.tripped = True
         self.pi.kill()
         return True
 
@@ -3385,7 +3391,8 @@ class LiveSession:
     # turns
 
     def _ack(self, turn_id: str, stage: str, **more: Any) -> None:
-        if self.turns.advance(turn_id, stage) or stage == "accepted":
+        moved = self.turns.advance(turn_id, stage) or stage == "accepted"
+        if moved and not turn_id.startswith(OWN_TURN):
             command = self.turns.turns[turn_id].command
             self.emit({"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": stage, **more})
 
@@ -3403,17 +3410,15 @@ class LiveSession:
                 reply(result(command, request))
                 return
         else:
-            turn_id = "oppi-" + new_id(12)
+            turn_id = OWN_TURN + new_id(12)
         self._check_turn(command)
         self.turns.add(turn_id, command, content, now_ms(), payload["message"])
-        named = turn_id == body.get("clientTurnId")
-        if named:
-            self._ack(turn_id, "accepted", **request)
+        self._ack(turn_id, "accepted", **request)
         if command == "prompt":
             count_prompt(self.record, payload["message"], now_ms())
             self.save()
         async with self.lane:
-            await self._hand_over(turn_id, command, payload, named, request, reply)
+            await self._hand_over(turn_id, command, payload, request, reply)
 
     def _check_turn(self, command: str) -> None:
         if self.ended:
@@ -3423,19 +3428,16 @@ class LiveSession:
         if command != "prompt" and not self.running:
             raise Conflict(f"{'Steer' if command == 'steer' else 'Follow-up'} requires an active streaming turn")
 
-    async def _hand_over(
-        self, turn_id: str, command: str, payload: Json, named: bool, request: Json, reply: Callable[[Json], None]
-    ) -> None:
+    async def _hand_over(self, turn_id: str, command: str, payload: Json, request: Json, reply: Callable[[Json], None]) -> None:
         """Write the turn to pi and acknowledge it: when pi accepts, or when it is held for too long to wait."""
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[str] = loop.create_future()
 
         def dispatched() -> None:
             if turn_id in self.turns.turns and self.turns.turns[turn_id].stage == "accepted":
-                if named:
-                    self._ack(turn_id, "dispatched", **request)
-                self.turns.advance(turn_id, "dispatched")
-                reply(result(command, request))
+                self._ack(turn_id, "dispatched", **request)
+                if request:
+                    reply(result(command, request))
 
         def responded(response: Json) -> None:
             if response.get("success") is True:
@@ -3464,6 +3466,8 @@ class LiveSession:
 
     async def change_queue(self, body: Json) -> Json:
         """Replace the queued messages (P87).  Raises Conflict for an old version, BadRequest for bad items."""
+        if not self.modern:
+            raise BadRequest("This version of pi cannot change its queue")
         drafts = [(kind, queue_drafts(body, name)) for name, kind in (("steering", "steer"), ("followUp", "follow_up"))]
         async with self.lane:
             if body.get("baseVersion") != self.queue["version"]:
@@ -3503,7 +3507,7 @@ class LiveSession:
         def cleared(response: Json) -> None:
             self.clearing = False
 
-        if self.queue["steering"] or self.queue["followUp"]:
+        if self.modern and (self.queue["steering"] or self.queue["followUp"]):
             self.clearing = True
             self.pi.call({"type": "clear_queue"}, cleared)
         self.pi.send({"type": "abort_bash"})
@@ -3539,8 +3543,6 @@ class LiveSession:
                     await self.pi.request({"type": "get_state"}, 2)  # answered after the abort took its effect
             await self.pi.end()
         await self.pi.exited.wait()
-        while not self.ended:
-            await asyncio.sleep(0)
 
     def _on_exit(self, code: int, complaint: str) -> None:
         """pi has ended, by itself or not: nothing of the session may stay behind."""
@@ -3641,9 +3643,6 @@ class Sessions:
             raise NotFound(f"Session not found: {session_id}")
         return record
 
-    def workspace_of(self, record: Json) -> Json:
-        return self.store.workspaces.get(str(record.get("workspaceId")), {})
-
     def seq(self, session_id: str) -> int:
         """Highest seq a session may have used."""
         live = self.active.get(session_id)
@@ -3673,7 +3672,10 @@ class Sessions:
 
     async def _start(self, record: Json) -> LiveSession:
         previous = record.get("status")
-        live = LiveSession(self, record, self.workspace_of(record))
+        workspace = self.store.workspaces.get(str(record.get("workspaceId")))
+        if workspace is None:
+            raise NotFound("Workspace not found")
+        live = LiveSession(self, record, workspace)
         record["status"] = "starting"
         try:
             await live.start()
@@ -3715,9 +3717,10 @@ class Sessions:
         if not os.path.isdir(cwd):
             raise PiFailed(f"Host workspace path not found: {cwd}")
         folder = self.store.path("pi", record["id"])
-        file = next(
-            (f for f in (record.get("piSessionFile"), *(record.get("piSessionFiles") or [])[::-1]) if f and os.path.exists(f)), ""
-        )
+        version = await self.pi.known_version()
+        if version < MODERN and risky_settings(cwd):
+            raise PiFailed("This project's .pi/settings.json changes how pi runs programs, and this pi obeys it unasked. Update pi.")
+        file = next(iter(session_files(record)[::-1]), "")
         recorded = await asyncio.get_running_loop().run_in_executor(None, self._prepare, folder, file, workspace)
         argv = [program] + pi_arguments(
             self.store.path("pi", "oppi-gate.js"),
@@ -3729,7 +3732,7 @@ class Sessions:
             extension_paths(workspace),
             os.path.join(folder, "prompt.md") if workspace.get("systemPrompt") else "",
             str(workspace.get("systemPromptMode") or "append"),
-            await self.pi.known_version(),
+            version,
         )
         env = {**host_environment(self.settings(), self.store.root), "OPPI_SESSION": record["id"], "OPPI_OWNER": self.store.root}
         return argv, recorded if recorded and os.path.isdir(recorded) else cwd, env
@@ -3747,8 +3750,7 @@ class Sessions:
         if self.active.get(live.id) is live:
             del self.active[live.id]
         if not self.closing:
-            mark = f"OPPI_SESSION={live.id}"
-            asyncio.get_running_loop().run_in_executor(None, end_marked, mark)
+            asyncio.get_running_loop().run_in_executor(None, end_marked, f"OPPI_EPOCH={live.epoch}")
 
     def create(self, workspace: Json, body: Json) -> Json:
         """A new session record, status `starting`; nothing is launched."""
@@ -3799,9 +3801,7 @@ class Sessions:
     async def entries(self, session_id: str) -> list[Json]:
         """Entries of a session's files; of pi's memory while there is no file yet."""
         record = self.record(session_id)
-        files = sorted(
-            {f for f in [record.get("piSessionFile"), *(record.get("piSessionFiles") or [])] if f and os.path.exists(f)}
-        )
+        files = sorted(session_files(record))
         found: list[Json] = await asyncio.get_running_loop().run_in_executor(None, read_entries, files)
         live = self.active.get(session_id)
         if not found and live:
@@ -3828,6 +3828,23 @@ class Sessions:
         await asyncio.gather(*(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
         mark = f"OPPI_OWNER={self.store.root}"
         await asyncio.get_running_loop().run_in_executor(None, end_marked, mark)
+
+
+def session_files(record: Json) -> list[str]:
+    """pi's files of a session that exist, the current one last."""
+    files = [f for f in arr(record.get("piSessionFiles")) if f != record.get("piSessionFile")] + [record.get("piSessionFile")]
+    return [f for f in files if isinstance(f, str) and os.path.exists(f)]
+
+
+def risky_settings(cwd: str) -> bool:
+    """Whether a project brings settings that make pi run programs: P73 would follow them unasked."""
+    try:
+        with open(os.path.join(cwd, ".pi", "settings.json"), "rb") as file:
+            return not {"shellPath", "shellCommandPrefix", "packages", "extensions"}.isdisjoint(obj(parse_json(file.read())))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def read_entries(files: Sequence[str]) -> list[Json]:
@@ -4036,7 +4053,7 @@ class Connection:
             head = bytes(self.buffer[: end + 4])
             self.request = parse_head(head[:-4], self.peer)
             del self.buffer[: end + 4]
-            if "upgrade" in self.request.headers.get("connection", "").lower():
+            if self.request.headers.get("upgrade", "").lower() == "websocket":
                 self._upgrade(head)
                 return
             self.need = self._body_size(self.request)
@@ -4125,6 +4142,7 @@ class Socket:
         self.outbox = Outbox()
         self.subscriptions: dict[str, str] = {}  # session id -> full or notifications
         self.subscribed_at: deque[float] = deque(maxlen=30)
+        self.subscribing: dict[Any, asyncio.Event] = {}  # session id -> set when its subscribe is answered
         self.blocked = self.open = False
         self.tasks: set[asyncio.Task[None]] = set()
         self.ready = asyncio.Event()  # set once the first frames of a per-session socket are out
@@ -4855,6 +4873,8 @@ class Api:
         elif kind == "permission_response":
             self._on_permission(client, body)
         else:
+            while body.get("sessionId") in client.subscribing:  # what follows a subscribe on its heels waits for it
+                await client.subscribing[body["sessionId"]].wait()
             session_id = self._addressed(client, body)
             await self._session_command(client, session_id, body)
 
@@ -4884,10 +4904,15 @@ class Api:
         if since is not None and (not _is_int(since) or since < 0):
             raise BadRequest("sinceSeq must be a non-negative integer")
         record = self.server.sessions.record(str(session_id))
-        live = (
-            await self.server.sessions.start(record["id"]) if level == "full" else self.server.sessions.active.get(record["id"])
-        )
-        self._bootstrap(client, record, live, level, since, body)
+        done = client.subscribing.setdefault(record["id"], asyncio.Event())
+        try:
+            live = self.server.sessions.active.get(record["id"])
+            if level == "full":
+                live = await self.server.sessions.start(record["id"])
+            self._bootstrap(client, record, live, level, since, body)
+        finally:
+            client.subscribing.pop(record["id"], None)
+            done.set()
 
     def _bootstrap(self, client: Socket, record: Json, live: LiveSession | None, level: str, since: Any, body: Json) -> None:
         """The frames of a subscription, with nothing in between."""

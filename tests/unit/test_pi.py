@@ -116,6 +116,12 @@ def test_any_delta_text_arrives_as_it_was(text: str, pad: int, cuts: list[int]) 
     assert read_all(delta_line(text, pad=pad), tuple(cuts)) == [oppi.Delta("text", 1, text)]
 
 
+def test_a_delta_with_its_keys_in_another_order_is_still_a_delta() -> None:
+    front = b'{"type":"message_update","assistantMessageEvent":{"type":"text_delta",'
+    assert read_all(front + b'"delta":"x","contentIndex":2}}\n') == [oppi.Delta("text", 2, "x")]
+    assert read_all(front + b'"delta":5}}\n')[0]["type"] == "message_update"
+
+
 @pytest.mark.parametrize("size", [2040, 2048, 5000, 300_000])
 def test_a_long_delta_is_read_to_its_end(size: int) -> None:
     text = "é\n" * size
@@ -240,6 +246,8 @@ def gate(**more: Any) -> dict[str, Any]:
         (gate(placeholder='{"tool":"bash"}'), {"tool": "bash"}),
         (gate(placeholder="{"), {}),
         (gate(placeholder="[1]"), {}),
+        (gate(placeholder=5), {}),
+        (gate(placeholder=["x"]), {}),
         (gate(), {}),
         (gate(placeholder='{"tool":"bash"}', title="other"), None),
         (gate(placeholder='{"tool":"bash"}', method="select"), None),
@@ -332,6 +340,7 @@ TABLE: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     ({"type": "message_end", "message": {"role": "toolResult"}}, [STATE]),
     ({"type": "message_end", "message": {"role": "custom"}}, [STATE]),
     ({"type": "message_end"}, [STATE]),
+    ({"type": "message_end", "message": "x"}, [STATE]),
     (assistant(*text("a", "b"), {"type": "output_text", "text": "c"}, {"type": "toolCall"}),
      [{"type": "message_end", "role": "assistant", "content": "abc"}, STATE]),
     (assistant({"type": "thinking", "thinking": "hm"}, {"type": "thinking", "thinking": ""}, *text("a")),
@@ -350,6 +359,8 @@ TABLE: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
      [{"type": "tool_start", "tool": "bash", "args": {"command": "ls"}, "toolCallId": "c1"}, STATE]),
     ({"type": "tool_execution_start", "id": "c2", "toolCallId": "", "toolName": "x", "args": None},
      [{"type": "tool_start", "tool": "x", "args": {}, "toolCallId": "c2"}, STATE]),
+    ({"type": "tool_execution_start", "toolCallId": 5}, [{"type": "tool_start", "tool": "", "args": {}}, STATE]),
+    ({"type": "compaction_end", "errorMessage": 5}, [{"type": "compaction_end", "aborted": False, "willRetry": False}]),
     ({"type": "tool_execution_start"}, [{"type": "tool_start", "tool": "", "args": {}}, STATE]),
     (update(""), []),
     (update("one"), [{"type": "tool_output", "output": "one", "toolCallId": "c1"}]),
@@ -392,6 +403,12 @@ def test_thinking_that_was_streamed_is_not_told_again_but_the_next_message_is_fr
 def test_a_failure_that_is_retried_is_not_an_error() -> None:
     retry = {"type": "auto_retry_start", "attempt": 1, "maxAttempts": 3, "delayMs": 1}
     assert of_type(events(assistant(**ERROR), retry, assistant(*text("ok"))), "error") == []
+
+
+def test_a_failure_that_compaction_cured_is_not_an_error() -> None:
+    cure = [{"type": "compaction_start", "reason": "overflow"}, {"type": "compaction_end", "willRetry": True}]
+    assert of_type(events(assistant(**ERROR), *cure, assistant(*text("ok"))), "error") == []
+    assert of_type(events(assistant(**ERROR), {"type": "compaction_end", "aborted": True}), "error") != []
 
 
 RECORDED_ERRORS = {
@@ -519,6 +536,12 @@ def test_only_colours_remain_of_escape_sequences(raw: str, shown: str) -> None:
     assert [m["output"] for m in of_type(events(outcome(raw)), "tool_output")] == [shown]
 
 
+def test_an_escape_sequence_that_is_cut_repeats_nothing() -> None:
+    for whole, shown in (("abc\x1b[2Kdef", "abcdef"), ("abc\x1b[31mdef", "abc\x1b[31mdef"), ("a\x1b]0;t\x07b", "ab")):
+        updates = [update(whole[:end]) for end in range(1, len(whole) + 1)]
+        assert "".join(m["output"] for m in of_type(events(*updates), "tool_output")) == shown
+
+
 def test_details_reach_the_phone_without_a_copy_of_the_text() -> None:
     details = {"diff": "+1 a", "truncation": {"content": "x" * 50_000, "truncated": True}}
     end = {**outcome("x"), "result": {"content": text("x"), "details": details}}
@@ -565,6 +588,8 @@ DIALOGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
       "timeout": 30}),
     (dialog("input", placeholder="p", timeout=300),
      {"type": "extension_ui_request", "id": "u1", "method": "input", "placeholder": "p", "timeout": 1}),
+    (dialog("input", timeout=float("inf")),
+     {"type": "extension_ui_request", "id": "u1", "method": "input", "timeout": 1}),
     (dialog("editor", prefill="x\ny", title=5),
      {"type": "extension_ui_request", "id": "u1", "method": "editor", "prefill": "x\ny"}),
     (dialog("notify", message="hi", notifyType="warning"),

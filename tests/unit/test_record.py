@@ -40,6 +40,7 @@ def test_a_full_record_is_sent_without_what_is_the_servers_own() -> None:
     [
         ("status", "dreaming", "stopped"), ("tokens", "x", NO_TOKENS), ("cost", "free", 0), ("createdAt", 1.5, 1),
         ("messageCount", "x", 0), ("lastActivity", 1e300, 0), ("thinkingLevel", "max", None),
+        ("changeStats", "x", None),
     ],
 )  # fmt: skip
 def test_a_field_no_app_could_decode_is_mended(field: str, stored: Any, sent: Any) -> None:

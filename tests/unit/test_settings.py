@@ -116,6 +116,7 @@ def test_the_old_name_of_the_idle_timeout_is_understood(raw: dict[str, Any], tim
 
 def test_the_old_security_profile_is_understood() -> None:
     assert oppi.Settings({"security": {"profile": "legacy"}})["security.profile"] == "tailscale-permissive"
+    assert oppi.Settings({"host": "legacy"})["host"] == "legacy"
 
 
 def test_effective_settings_have_the_form_of_the_file() -> None:
