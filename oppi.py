@@ -815,15 +815,16 @@ PRESETS = {
     "container": Preset("allow", False, "Container: the agent is free inside its own machine, risky actions ask."),
 }
 FILE_TOOLS = {"read": "read", "ls": "read", "find": "read", "grep": "read", "write": "write", "edit": "write"}
-READERS: dict[str, str] = {name: "" for name in "cat head tail wc diff cut stat ls cd echo pwd true false :".split()}
+READERS: dict[str, str] = dict.fromkeys("cat head tail wc diff cut stat ls cd echo pwd true false :".split(), "")
 READERS.update(grep="f", rg="f", tree="o", sort="oTS", uniq="", file="fmC")  # name -> letters of options that do more than read
 HELPERS = frozenset("cd echo pwd true false :".split())
 GIT_READS = frozenset("status log diff show blame rev-parse".split())
 LONG_READS = frozenset(
     "all cached staged stat shortstat numstat oneline name-only name-status short porcelain graph decorate patch no-color color "
-    "ignore-case line-number count recursive files hidden bytes lines words chars max-count include exclude exclude-dir help "
+    "ignore-case line-number count recursive hidden bytes lines words chars max-count include exclude exclude-dir help "
     "version abbrev-commit show-toplevel abbrev-ref brief unified word-diff follow reverse numeric-sort unique check context "
-    "after-context before-context fixed-strings word-regexp invert-match files-with-matches glob type since until author grep".split()
+    "after-context before-context fixed-strings word-regexp invert-match files-with-matches glob type since until author "
+    "grep".split()
 )
 GIT_VALUES = frozenset("-C -c --git-dir --work-tree --namespace --super-prefix --config-env".split())
 WRAPPERS = frozenset("command builtin nohup setsid".split())  # run the rest of their words; with options they are opaque
@@ -911,7 +912,7 @@ def actions_of(call: Call, ctx: Context) -> list[Action] | None:
     tool = call.tool.lower()
     if tool in FILE_TOOLS:
         path = call.input.get("path", "." if tool in ("ls", "find", "grep") else None)
-        if not isinstance(path, str) or not re.fullmatch(r"(?!file:)@?[^\0@\u00a0\u2000-\u200a\u202f\u205f\u3000]+", path):
+        if not isinstance(path, str) or not re.fullmatch(r"@?(?!file:)[^\0@\u00a0\u2000-\u200a\u202f\u205f\u3000]+", path):
             return None  # pi reads these in ways of its own
         return [Action(FILE_TOOLS[tool], (tool,), absolute(path.lstrip("@"), ctx))]
     if tool != "bash":
@@ -924,17 +925,18 @@ def actions_of(call: Call, ctx: Context) -> list[Action] | None:
 def _command_actions(parsed: Sequence[Command], ctx: Context) -> list[Action] | None:
     """The actions of simple commands; a `cd` moves those after it, if they run only when it worked."""
     actions: list[Action] = []
-    cwd, moved = ctx.cwd, False
+    cwd, moved, before = ctx.cwd, False, ""
     for item in parsed:
         words = normal_words(item.words)
-        if _opaque(words) or (moved and item.joint not in ("&&", "|")):
+        if _opaque(words) or (moved and (item.joint not in ("&&", "|") or (item.joint == "|" and before == "cd"))):
             return None
+        before = words[0]
         plain = item.words[0].rpartition("/")[0] in TRUSTED and not (words[0] == "git" and item.words[1:2] != words[1:2])
         actions.append(Action("run", words, "", cwd, " ".join(item.words), item.joint == "|", plain))
         actions += [Action("write", path=absolute(path, ctx, cwd)) for path in item.writes]
         actions += [Action("read", path=absolute(path, ctx, cwd)) for path in item.reads]
         if words[0] == "cd":
-            if len(words) > 2 or item.joint == "|" or words[-1].startswith("-"):
+            if len(words) > 2 or item.joint in ("|", "||") or item.words[0] != "cd" or words[-1].startswith("-"):
                 return None
             cwd, moved = absolute(words[1] if len(words) == 2 else "~", ctx, cwd), True
     return actions
@@ -1040,7 +1042,9 @@ def _bounded(action: Action, ctx: Context) -> bool:
     if action.verb == "tool":
         return False
     if action.verb != "run":
-        secret = action.words in (("ls",), ("find",), ("grep",)) and (inside(ctx.agent_dir, action.path) or inside(ctx.data_dir, action.path))
+        secret = action.words in (("ls",), ("find",), ("grep",)) and (
+            inside(ctx.agent_dir, action.path) or inside(ctx.data_dir, action.path)
+        )
         return within(action.path, action.verb == "write") and not secret
     paths = [absolute(word, ctx, action.cwd) for word in action.words[1:] if not word.startswith("-")]
     holds = any(inside(secret, path) for path in paths for secret in (ctx.agent_dir, ctx.data_dir))
@@ -1071,7 +1075,11 @@ def glob_match(pattern: str, text: str) -> bool:
         return any(glob_match(pattern[: brace.start()] + choice + pattern[brace.end() :], text) for choice in choices)
     parts = re.split(r"(\*\*/?|\*|\?|\[[!^]?[^\]/]+\])", pattern)
     known = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    sets = {part: "[" + re.sub("^[!^]", "^", part[1:-1]).replace("\\", r"\\") + "]" for part in parts if part[:1] == "[" and part[-1:] == "]"}
+    sets = {
+        part: "[" + re.sub("^[!^]", "^", part[1:-1]).replace("\\", r"\\") + "]"
+        for part in parts
+        if part[:1] == "[" and part[-1:] == "]"
+    }
     return re.fullmatch("".join(known.get(part) or sets.get(part) or re.escape(part) for part in parts), text, re.S) is not None
 
 
@@ -1480,7 +1488,8 @@ ONLY_11 = frozenset("queue_state queue_item_started git_status session_deleted s
 NOTIFICATIONS = frozenset("notify setStatus setWidget setTitle set_editor_text".split())
 CHUNK = 256 * 1024  # characters of tool output per frame; phones refuse frames over 1 MiB
 MEDIA = {"image": "image/png", "audio": "audio/wav"}
-ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_]|[\[\]]?[0-?]*$)"  # all but colours (ESC[…m), and one cut off at the end
+# all but colours (ESC[…m), and one that is cut off at the end
+ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_]|[\[\]]?[0-?]*$)"
 THINKING_LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh")
 TOO_LARGE_TEXT = (
     "Request too large - the conversation has exceeded the maximum request size. Start a new session to continue."
@@ -2254,7 +2263,7 @@ class Store:
                 value = parse_json(file.read())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             set_aside(path, str(error))
             return None
         if not isinstance(value, kind):
@@ -3634,6 +3643,7 @@ class Sessions:
         self.store, self.settings, self.pi, self.hub, self.approvals = store, settings, pi, hub, approvals
         self.active: dict[str, LiveSession] = {}
         self.starting: dict[str, asyncio.Task[LiveSession]] = {}
+        self.bases: dict[str, int] = {}  # seq of sessions that are being started
         self.closing = False
 
     def record(self, session_id: str) -> Json:
@@ -3646,7 +3656,7 @@ class Sessions:
     def seq(self, session_id: str) -> int:
         """Highest seq a session may have used."""
         live = self.active.get(session_id)
-        return live.log.seq if live else whole((self.record(session_id).get("oppi") or {}).get("seq"))
+        return live.log.seq if live else self.bases.get(session_id, whole(obj(self.record(session_id).get("oppi")).get("seq")))
 
     async def start(self, session_id: str) -> LiveSession:
         """The running session, started if need be.  Raises NotFound, SessionLimit or PiFailed."""
@@ -3661,12 +3671,14 @@ class Sessions:
         if task is None:
             record = self.record(session_id)
             self._check_limits(record)
+            self.bases[session_id] = self.seq(session_id)
             task = self.starting[session_id] = asyncio.ensure_future(self._start(record))
             task.add_done_callback(lambda done: self._started(session_id, done))
         return await asyncio.shield(task)
 
     def _started(self, session_id: str, done: asyncio.Task[LiveSession]) -> None:
         self.starting.pop(session_id, None)
+        self.bases.pop(session_id, None)
         if not done.cancelled():
             done.exception()  # whoever waits is told; nobody may wait any more
 
@@ -3719,7 +3731,9 @@ class Sessions:
         folder = self.store.path("pi", record["id"])
         version = await self.pi.known_version()
         if version < MODERN and risky_settings(cwd):
-            raise PiFailed("This project's .pi/settings.json changes how pi runs programs, and this pi obeys it unasked. Update pi.")
+            raise PiFailed(
+                "This project's .pi/settings.json changes how pi runs programs, and this pi obeys it unasked. Update pi."
+            )
         file = next(iter(session_files(record)[::-1]), "")
         recorded = await asyncio.get_running_loop().run_in_executor(None, self._prepare, folder, file, workspace)
         argv = [program] + pi_arguments(
@@ -4813,8 +4827,8 @@ class Api:
             for pending in self.server.approvals.pending.values():
                 client.deliver(pending.wire)
             self._subscribe(client, live)
-        except OppiError as error:
-            code = {"code": error.code} if error.code else {}
+        except (OppiError, OSError) as error:
+            code = {"code": error.code} if isinstance(error, OppiError) and error.code else {}
             client.deliver({"type": "error", "error": str(error), "fatal": True, "sessionId": client.session_id, **code})
         client.ready.set()
 
@@ -5721,7 +5735,7 @@ def lenient_int(text: str, default: int) -> int:
 
 
 def cmd_init(args: argparse.Namespace) -> int:
-    store = Store(args.data_dir or DEFAULT_DIR)
+    store = Store(data_dir(args))
     path, talk = store.path("config.json"), not args.yes and sys.stdin.isatty()
     if os.path.exists(path) and not args.force:
         if not talk:

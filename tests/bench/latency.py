@@ -5,19 +5,15 @@ Each delta of the scripted pi begins with the clock at its write.  Deltas that s
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Callable
 
 from tests.support.phone import Phone
-from tests.support.server import FAKE_PI, Server
+from tests.support.server import Server
 
 from .common import Figure, Wire, bench_server, open_session, percentile
 

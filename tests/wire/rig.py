@@ -178,7 +178,11 @@ def kinds(frames: list[Frame], *leave_out: str) -> list[str]:
 
 @contextlib.contextmanager
 def rig_with(
-    folder: Path, dialect: str = "0.87", fake: Mapping[str, str] | None = None, config: Mapping[str, Any] | None = None, **options: Any
+    folder: Path,
+    dialect: str = "0.87",
+    fake: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Iterator[Rig]:
     """A rig whose server has these settings of the fake pi and of config.json."""
     log = folder / "stdin.log"

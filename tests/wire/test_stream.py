@@ -424,7 +424,10 @@ class TestStop:
         assert chat.phone.command("stop", chat.sid)["success"] is True
         chat.settled()
         found = [f for f in chat.phone.since() if f["type"].startswith("stop_")]
-        assert [f["type"] for f in found] in (["stop_requested", "stop_confirmed"], ["stop_requested", "stop_confirmed", "stop_confirmed"])
+        assert [f["type"] for f in found] in (
+            ["stop_requested", "stop_confirmed"],
+            ["stop_requested", "stop_confirmed", "stop_confirmed"],
+        )
         assert found[0]["source"] == "user"
 
     def test_stopping_in_a_tool(self, both: Rig) -> None:
