@@ -249,7 +249,7 @@ class TestWorkspaces:
         phone.delete(wid, sid)
 
     @pytest.mark.parametrize(
-        ("method", "tail"), [("GET", ""), ("PUT", ""), ("GET", "/sessions"), ("POST", "/sessions"), ("POST", "/sessions/abcdefgh/resume")]
+        ("method", "tail"), [("GET", ""), ("PUT", ""), ("GET", "/sessions"), ("POST", "/sessions"), ("POST", "/sessions/abcdefgh/resume")]  # noqa: E501
     )
     def test_an_unknown_one_is_not_found(self, rig: Rig, method: str, tail: str) -> None:
         body = {} if method != "GET" else None
