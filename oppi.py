@@ -4872,9 +4872,10 @@ class Api:
         session_id = body.get("sessionId") if client.dialect == "1.1" else client.session_id
         tag = {"sessionId": session_id} if isinstance(session_id, str) and session_id else {}
         request_id = body.get("requestId")
-        if request_id or (body.get("type") in RESULT_ONLY and "type" in body):
-            client.deliver({**result(str(body["type"]), {"requestId": request_id} if request_id else {}, None, text), **tag})
-        if not request_id or code == "stream_not_subscribed_full":
+        answered = bool(request_id) or (client.dialect == "1.1" and body.get("type") in RESULT_ONLY)
+        if answered:
+            client.deliver({**result(str(body["type"]), _request_of(body), None, text), **tag})
+        if not answered or code == "stream_not_subscribed_full":
             named = {"code": code} if code and code != "no_type" else {}
             client.deliver({"type": "error", "error": text, **named, **tag})
 

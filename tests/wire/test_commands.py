@@ -111,7 +111,7 @@ class TestModel:
         chat.phone.command("set_model", chat.sid, provider="mock", modelId="mock-2", check=True)
         chat.phone.mark()
         chat.phone.command("set_model", chat.sid, provider="mock", modelId="mock-1", check=True)
-        assert chat.phone.wait("state")["session"]["thinkingLevel"] == "low"
+        chat.phone.wait(lambda f: f["type"] == "state" and f["session"].get("thinkingLevel") == "low")
 
     def test_what_pi_made_of_the_level_is_told(self, both: Rig) -> None:
         chat = both.chat(model="mock/mock-2")
