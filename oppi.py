@@ -4359,6 +4359,8 @@ def check_workspace(body: Json, creating: bool) -> Json:
     invalid = [n for n in values.get("extensions", []) if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", n.strip())]
     refuse(bool(invalid), f"Invalid extension names: {', '.join(invalid)}")
     runtime = values.get("runtime", "host")
+    for name in ("runtime", "policyPreset", "systemPromptMode", "memoryNamespace", "lastUsedModel"):
+        refuse(not isinstance(values.get(name, ""), str), f"{name} must be a string")
     refuse(runtime not in ("host", "container", "sandbox"), 'runtime must be "host" or "container"')
     refuse(
         values.get("policyPreset", "host") not in PRESETS,
@@ -4510,7 +4512,11 @@ class Api:
         token = request.json().get("pairingToken")
         if not _is_text(token):
             raise BadRequest("pairingToken required")
-        device = self.server.redeem(str(token).strip())
+        try:
+            device = self.server.redeem(str(token).strip())
+        except (OSError, UsageError) as error:
+            log("auth", f"pairing failed: {error}")
+            raise Unavailable("The server cannot store a new device now") from None
         if not device:
             self.limit.failed(request.peer, now)
             raise Unauthorized("Invalid or expired pairing token")
@@ -5238,8 +5244,12 @@ class Server:
             return who
 
         if changed or stale:
-            found = self.store.change_access(change)
-            self.reload()
+            try:
+                found = self.store.change_access(change)
+                self.reload()
+            except (OSError, UsageError) as error:  # a full disk locks nobody out, but makes no new device either
+                log("auth", f"devices.json cannot be written: {error}")
+                found = "" if changed else found
         return found
 
     def redeem(self, pairing_token: str) -> str:
