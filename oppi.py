@@ -4001,10 +4001,10 @@ class Connection:
         self.transport = transport
         peer = transport.get_extra_info("peername") or ("",)
         self.peer = str(peer[0])
-        self.edge.connections.add(self)
-        if len(self.edge.connections) > CONNECTIONS:
-            transport.abort()
-            return
+        self.edge.connections[self] = None
+        if len(self.edge.connections) > CONNECTIONS:  # the oldest that asks nothing makes room
+            idle = (c for c in self.edge.connections if c.socket is None and not c.busy)
+            next(idle).transport.abort()
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         tcp = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
@@ -4012,7 +4012,7 @@ class Connection:
         self._expect(HEAD_TIME_S)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.edge.connections.discard(self)
+        self.edge.connections.pop(self, None)
         self._expect(0)
         if self.socket:
             self.socket.lost()
@@ -4110,7 +4110,7 @@ class Connection:
             data = response_bytes(reply, zip_it)
         if self.transport.is_closing():
             return
-        self.transport.write(data)
+        self.transport.write(data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data)
         self.busy = False
         if closing:
             self.transport.close()
@@ -4157,11 +4157,16 @@ class Socket:
         self.subscriptions: dict[str, str] = {}  # session id -> full or notifications
         self.subscribed_at: deque[float] = deque(maxlen=30)
         self.subscribing: dict[Any, asyncio.Event] = {}  # session id -> set when its subscribe is answered
-        self.blocked = self.open = False
+        self.blocked = self.accepted = False
         self.tasks: set[asyncio.Task[None]] = set()
         self.ready = asyncio.Event()  # set once the first frames of a per-session socket are out
         self.missed = 0  # pings without a pong
-        self._partial = b""
+        self._partial: list[bytes] = []  # frames of an unfinished message
+
+    @property
+    def open(self) -> bool:
+        """Whether frames can be sent: the peer may have ended its side without our noticing a close."""
+        return self.accepted and self.protocol.state == 1
 
     # what Hub needs
 
@@ -4189,7 +4194,7 @@ class Socket:
     def unblocked(self) -> None:
         self.blocked = False
         waiting = self.outbox.waiting
-        while waiting and not self.blocked:
+        while waiting and not self.blocked and self.open:
             self._send(encode(waiting.popleft()))
         if not waiting:
             self.outbox.size = 0
@@ -4206,7 +4211,7 @@ class Socket:
             self._expect_close()
 
     def _expect_close(self) -> None:
-        self.open = False
+        self.accepted = False
         asyncio.get_running_loop().call_later(1, self.connection.transport.close)
 
     def received(self, data: bytes) -> None:
@@ -4232,7 +4237,7 @@ class Socket:
         self.protocol.send_response(response)
         if response.status_code == 101:
             self._write()
-            self.open = True
+            self.accepted = True
             self.api.connected(self)
         else:
             self._write()
@@ -4244,9 +4249,9 @@ class Socket:
         elif frame.opcode == 2:
             self.close(1003, "Binary frames not supported")
         elif frame.opcode in (0, 1) and self.open:
-            self._partial += frame.data
+            self._partial.append(frame.data)
             if frame.fin:
-                data, self._partial = self._partial, b""
+                data, self._partial = b"".join(self._partial), []
                 self._on_text(data)
 
     def _on_text(self, data: bytes) -> None:
@@ -4268,13 +4273,13 @@ class Socket:
 
     def close(self, code: int, reason: str) -> None:
         if self.open:
-            self.open = False
+            self.accepted = False
             self.protocol.send_close(code, reason)
             self._write()
             asyncio.get_running_loop().call_later(2, self.connection.transport.abort)
 
     def lost(self) -> None:
-        self.open = False
+        self.accepted = False
         self.api.disconnected(self)
 
 
@@ -4286,7 +4291,7 @@ class Edge:
 
     def __init__(self, api: Api) -> None:
         self.api = api
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}  # in the order they came
         self.closing = False
         self.server: Any = None
 

@@ -66,7 +66,7 @@ class Server:
         self.agent_dir.mkdir(parents=True)
         self.mark = uuid.uuid4().hex
         self.program = list(program or default_program())
-        self.pi = Path(pi) if pi else self._fake(dialect, fake or {})
+        self.pi = self._wrapper([f'exec {shlex.quote(str(pi))} "$@"']) if pi else self._fake(dialect, fake or {})
         self.env = self._environment(env or {})
         self.process: subprocess.Popen[bytes] | None = None
         self.listening: dict[str, Any] = {}
@@ -80,13 +80,15 @@ class Server:
         self._start_on_enter = start
 
     def _fake(self, dialect: str, settings: Mapping[str, str]) -> Path:
-        """A wrapper, because the server gives pi a cleaned environment: settings and mark must come from here."""
-        lines = ["#!/bin/sh", f"export {MARK}={self.mark}", f"export FAKE_PI_DIALECT={dialect}"]
+        lines = [f"export FAKE_PI_DIALECT={dialect}"]
         lines += [f"export FAKE_PI_{name}={shlex.quote(str(value))}" for name, value in settings.items()]
-        lines.append(f'exec {shlex.quote(sys.executable)} {shlex.quote(str(FAKE_PI))} "$@"')
+        return self._wrapper([*lines, f'exec {shlex.quote(sys.executable)} {shlex.quote(str(FAKE_PI))} "$@"'])
+
+    def _wrapper(self, lines: Sequence[str]) -> Path:
+        """A `pi`, because the server gives pi a cleaned environment: settings and mark must come from here."""
         path = self.folder / "bin" / "pi"
         path.parent.mkdir()
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(["#!/bin/sh", f"export {MARK}={self.mark}", *lines]) + "\n")
         path.chmod(0o755)
         return path
 

@@ -18,6 +18,7 @@ from .rig import DIALECTS, PUSH, Chat, Rig, bash, eventually, rig_with
 
 ALLOW = '"verdict":"allow"'
 
+JUNK_QUESTIONS = 22  # that the pi below asks
 JUNK_PI = r'''#!{python}
 """A pi whose gate asks nonsense; it writes down what it is answered."""
 import json, os, sys
@@ -83,10 +84,8 @@ class TestNoGate:
             chat = rig.chat()
             chat.say("go")
             chat.phone.wait("agent_end")
-            answers = {line["id"]: line for line in rig.stdin_of_pi() if line["type"] == "extension_ui_response"}
-            junk = [line for key, line in answers.items() if key.startswith("junk")]
-            assert len(junk) >= 20
-            assert not [line for line in junk if ALLOW in json.dumps(line).replace(" ", "").replace("\\", "")]
+            eventually(lambda: log.read_text().count('"junk-') == JUNK_QUESTIONS)
+            assert ALLOW not in log.read_text().replace("\\", "")
             rig.sweep()
 
 
@@ -96,7 +95,7 @@ class TestTripwire:
         chat, other = both.chat(), both.chat("1.0")
         watcher = both.stream()
         watcher.subscribe(chat.sid, "notifications")
-        chat.say(f"!toolwait 5000\n!ungated {tool}\n!say never said")
+        chat.say(f"!toolwait 500\n!ungated {tool}\n!say never said")
         assert chat.phone.wait("error")["code"] == "gate_bypassed"
         chat.phone.wait("session_ended")
         assert "did:" not in chat.output() and "ran:" not in chat.output() and "never said" not in chat.phone.text()
