@@ -3890,6 +3890,7 @@ BODY_LIMIT = 24 * 1024 * 1024  # bytes; a session may be created with images
 OPEN_BODY_LIMIT = 4 * 1024  # the same without a token
 FRAME_LIMIT = 16 * 1024 * 1024
 CONNECTIONS = 512
+FILES = 4096  # open files the server asks the system for
 HEAD_TIME_S, IDLE_TIME_S = 20.0, 75.0
 PING_S, PINGS_MISSED = 30, 3
 TASKS_PER_SOCKET = 256
@@ -5489,6 +5490,11 @@ def cmd_serve(args: argparse.Namespace) -> int:
     host = args.host or server.settings["host"]
     port = server.settings["port"] if args.port is None else args.port
     server.open()
+    with contextlib.suppress(ImportError, OSError, ValueError):  # a Mac starts programs with room for 256 files
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, FILES) if hard > 0 else FILES), hard))
 
     def announce(server: Server, port: int) -> None:
         facts = {"event": "listening", "host": host, "port": port, "pid": os.getpid()}

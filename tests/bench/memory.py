@@ -16,7 +16,9 @@ LIMITS = {"maxSessionsPerWorkspace": 20, "maxSessionsGlobal": 40}
 def figures() -> Iterator[Figure]:
     with programs() as found:
         for kind, program in found:
-            with bench_server(program=program, dialect="0.73", config=LIMITS) as server:
+            with bench_server(program=program, dialect="0.73", config=LIMITS, start=False) as server:
+                server.start()
+                server.restart()  # the first start makes the identity and unpacks the archive
                 Phone(server.base_url).health()
                 yield Figure(f"idle memory, {kind}", memory_mb(server.pid), "MB", 40, 62)
                 stream(server)
