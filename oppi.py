@@ -1069,18 +1069,18 @@ def _only_reads(action: Action) -> bool:
 
 def glob_match(pattern: str, text: str) -> bool:
     """File glob: `**` crosses `/`; `*`, `?`, `[a-z]` do not; `{a,b}` is either; everything else is literal."""
-    brace = re.search(r"\{([^{}]*)\}", pattern)
-    if brace:
-        choices = brace.group(1).split(",")
-        return any(glob_match(pattern[: brace.start()] + choice + pattern[brace.end() :], text) for choice in choices)
-    parts = re.split(r"(\*\*/?|\*|\?|\[[!^]?[^\]/]+\])", pattern)
-    known = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    sets = {
-        part: "[" + re.sub("^[!^]", "^", part[1:-1]).replace("\\", r"\\") + "]"
-        for part in parts
-        if part[:1] == "[" and part[-1:] == "]"
-    }
-    return re.fullmatch("".join(known.get(part) or sets.get(part) or re.escape(part) for part in parts), text, re.S) is not None
+    known = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]", "{": "(?:", "}": ")"}
+    depth, source = 0, ""
+    for part in re.split(r"(\*\*/?|\*|\?|\[[!^]?[^\]/]+\]|[{},])", pattern):
+        depth += (part == "{") - (part == "}")
+        if part[:1] == "[" and part[-1:] == "]":
+            source += "[" + re.sub("^[!^]", "^", part[1:-1]).replace("\\", r"\\") + "]"
+        else:
+            source += "|" if part == "," and depth else known.get(part) or re.escape(part)
+    try:
+        return re.fullmatch(source, text, re.S) is not None
+    except re.error:  # unbalanced braces, or a set that is none: the pattern is plain text
+        return pattern == text
 
 
 def text_match(pattern: str, text: str) -> bool:
@@ -1486,7 +1486,9 @@ NOTIFY = DURABLE - {"message_end", "tool_start", "tool_end"} | {
 }
 ONLY_11 = frozenset("queue_state queue_item_started git_status session_deleted stream_connected".split())
 NOTIFICATIONS = frozenset("notify setStatus setWidget setTitle set_editor_text".split())
-CHUNK = 256 * 1024  # characters of tool output per frame; phones refuse frames over 1 MiB
+PHONE_LIMIT = 900 * 1024  # bytes of a frame; phones refuse more than 1 MiB
+CHUNK = 256 * 1024  # characters of tool output per frame
+LONG_TEXT = 16 * 1024  # characters of a string that stay when a frame is too large
 MEDIA = {"image": "image/png", "audio": "audio/wav"}
 # all but colours (ESC[…m), and one that is cut off at the end
 ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_]|[\[\]]?[0-?]*$)"
@@ -1536,6 +1538,18 @@ def appended(old: str, new: str) -> str:
     return "\n[…]\n" + new
 
 
+def fitting(value: Any) -> Any:
+    """A message's text or arguments as they fit a frame: too large, and long strings in it are cut and say so."""
+    if len(encode(value)) <= PHONE_LIMIT - CHUNK:
+        return value
+    if isinstance(value, str):
+        keep = CHUNK // 2
+        return value[:keep] + f"\n[… {len(value) - keep} more characters; open the session again to see them]"
+    texts = {name: item if isinstance(item, str) else dumps(item) for name, item in value.items()}
+    long = {name: text for name, text in texts.items() if len(text) > LONG_TEXT}
+    return {**value, **{name: f"{text[:LONG_TEXT]}\n[… {len(text)} characters in all]" for name, text in long.items()}}
+
+
 def pieces(text: str) -> Iterator[str]:
     return (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
 
@@ -1573,7 +1587,7 @@ class Translator:
         message = obj(event.get("message"))
         role, content = message.get("role"), message.get("content")
         if role == "user":
-            return [{"type": "message_end", "role": "user", "content": block_text(content)}, STATE]
+            return [{"type": "message_end", "role": "user", "content": fitting(block_text(content))}, STATE]
         if role != "assistant":
             return [STATE]
         blocks = [] if self.thought else arr(content)
@@ -1582,7 +1596,7 @@ class Translator:
         if message.get("stopReason") == "error":
             text = str(message.get("errorMessage") or "The model request failed")
             self.failure = TOO_LARGE_TEXT if "request_too_large" in text else text
-        return [*found, {"type": "message_end", "role": "assistant", "content": block_text(content)}, STATE]
+        return [*found, {"type": "message_end", "role": "assistant", "content": fitting(block_text(content))}, STATE]
 
     def final_failure(self) -> list[Json]:
         """The error of the last attempt, once it is certain that no other follows."""
@@ -1590,7 +1604,7 @@ class Translator:
         return [{"type": "error", "error": text}] if text else []
 
     def _on_tool_execution_start(self, event: Json) -> list[Json]:
-        start = {"type": "tool_start", "tool": str(event.get("toolName") or ""), "args": obj(event.get("args"))}
+        start = {"type": "tool_start", "tool": str(event.get("toolName") or ""), "args": fitting(obj(event.get("args")))}
         return [self._of_call(start, event), STATE]
 
     def _of_call(self, message: Json, event: Json) -> Json:
@@ -2926,8 +2940,11 @@ class Approvals:
         wire: Json = {"type": "permission_request", "id": key, "sessionId": session.id, "tool": call.tool, "input": call.input}
         wire.update(displaySummary=display_summary(call), reason=visible(verdict.reason), risk=verdict.risk)
         wire.update(timeoutAt=now_ms() + (limit or FOR_EVER_MS), expires=bool(limit), resolutionOptions=options)
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(limit / 1000, self._expire, key) if limit else None
+        if len(encode(wire)) > PHONE_LIMIT:  # shown in full or refused
+            self.audit(session, call, "deny", "policy", verdict._replace(reason="Too large to be shown"))
+            session.settle(call_id, request_id, "deny", "Too large to be shown on the phone. Do it in smaller parts.")
+            return
+        timer = asyncio.get_running_loop().call_later(limit / 1000, self._expire, key) if limit else None
         self.pending[key] = Pending(session, call, call_id, request_id, options, wire, timer)
         log("gate", f"asking {key} session={session.id} tool={call.tool} risk={verdict.risk} chars={len(wire['displaySummary'])}")
         self.hub.publish(wire, everyone=True)
@@ -2935,8 +2952,8 @@ class Approvals:
     def of_session(self, session_id: str) -> list[Json]:
         return [p.wire for p in self.pending.values() if p.session.id == session_id]
 
-    def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> str:
-        """Settle a question; the scope it got.  Raises NotFound or BadRequest."""
+    def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> Json:
+        """Settle a question; what came of it ({action, scope, …}).  Raises NotFound or BadRequest."""
         if action not in ("allow", "deny"):
             raise BadRequest('action must be "allow" or "deny"')
         if key not in self.pending:
@@ -2946,14 +2963,13 @@ class Approvals:
         verdict = evaluate(pending.call, context)
         if verdict.action == "deny":  # a rule was added since the question was put
             action, scope = "deny", "once"
-        granted = settle_scope(action, scope, pending.options)
-        choice: Json = {"action": action, "scope": granted}
-        if granted != "once":
-            choice.update(self._learn(pending, context, action, granted, expires_in))
+        choice: Json = {"action": action, "scope": settle_scope(action, scope, pending.options)}
         self._close(key, {"type": "permission_cancelled", "id": key}, but=client)
         pending.session.settle(pending.call_id, pending.request_id, action, "" if action == "allow" else "Denied by user")
+        if choice["scope"] != "once":
+            choice.update(self._learn(pending, context, action, choice["scope"], expires_in))
         self.audit(pending.session, pending.call, action, "user", verdict, userChoice=choice)
-        return granted
+        return choice
 
     def _learn(self, pending: Pending, context: Context, action: str, scope: str, expires_in: Any) -> Json:
         rule = rule_from_answer(pending.call, context, action, scope, pending.wire["risk"], expires_in)
@@ -3005,7 +3021,7 @@ class LiveSession:
         self.epoch = new_id(16)  # in the environment of this pi and of all it starts
         self.modern = sessions.pi.version >= MODERN
         self.stop_mode = ""  # "abort" or "terminate" while one is pending
-        self.busy_before_stop = "busy"
+        self.busy_before_stop, self.stop_source = "busy", "user"
         self.cwd = self.exit_text = ""
         self._delta: list[str] = []
         self._delta_kind = ""
@@ -3541,6 +3557,7 @@ class LiveSession:
         if self.stop_mode != "terminate" and not self.ended:
             if not self.stop_mode:
                 self.set_status("stopping")
+                self.stop_source = source
                 self.emit({"type": "stop_requested", "source": source})
                 self.emit(STATE)
             self.stop_mode = "terminate"
@@ -3549,7 +3566,9 @@ class LiveSession:
             if self.running:
                 self._abort()
                 with contextlib.suppress(PiFailed):
-                    await self.pi.request({"type": "get_state"}, 2)  # answered after the abort took its effect
+                    await self.pi.request({"type": "abort"}, 2)  # answered when the turn is over
+                if "settle" in self._timers:
+                    self.idle()
             await self.pi.end()
         await self.pi.exited.wait()
 
@@ -3569,7 +3588,7 @@ class LiveSession:
             log("session", f"{self.id}: pi ended with code {code}: {complaint[-500:]}")
             self.emit({"type": "error", "error": f"pi ended unexpectedly (code {code}). {complaint[-300:]}".strip()})
         if self.stop_mode == "terminate":
-            self.emit({"type": "stop_confirmed", "source": "user"})
+            self.emit({"type": "stop_confirmed", "source": self.stop_source})
         elif self.stop_mode == "abort":
             text = f"Session ended before stop completed ({reason})"
             self.emit({"type": "stop_failed", "source": "server", "reason": text})
@@ -3891,7 +3910,7 @@ OPEN_BODY_LIMIT = 4 * 1024  # the same without a token
 FRAME_LIMIT = 16 * 1024 * 1024
 CONNECTIONS = 512
 FILES = 4096  # open files the server asks the system for
-HEAD_TIME_S, IDLE_TIME_S = 20.0, 75.0
+HEAD_TIME_S, BODY_TIME_S, IDLE_TIME_S, REFUSED_TIME_S = 20.0, 300.0, 75.0, 2.0
 PING_S, PINGS_MISSED = 30, 3
 TASKS_PER_SOCKET = 256
 WRITE_HIGH = 512 * 1024  # bytes the kernel has not taken, after which a socket's messages wait in its outbox
@@ -3994,6 +4013,8 @@ class Connection:
         self.request: Request | None = None  # its head is read, its body is not
         self.need = 0  # bytes of the body
         self.busy = False  # a request is being answered
+        self.refused = False  # an error was answered; what still comes is not read
+        self.until = 0.0  # when the body of an admitted request must be complete
         self.socket: Socket | None = None
         self.timer: Any = None
         self.peer = ""
@@ -4041,7 +4062,11 @@ class Connection:
         if self.socket:
             self.socket.received(data)
             return
+        if self.refused:
+            return
         self.buffer += data
+        if self.until > time.monotonic():  # a body that keeps coming
+            self._expect(min(HEAD_TIME_S, self.until - time.monotonic()))
         if self.busy:
             if len(self.buffer) > HEAD_LIMIT:
                 self.transport.pause_reading()
@@ -4055,7 +4080,11 @@ class Connection:
         """Answer an error and close: what follows on the connection cannot be trusted."""
         self._expect(0)
         self.transport.write(response_bytes(Reply(status or error.status, {"error": str(error)}, True), False))
-        self.transport.close()
+        if self.transport.can_write_eof():  # closing now would reset the connection and lose the answer
+            self.transport.write_eof()
+        self.refused = True
+        self.buffer.clear()
+        asyncio.get_running_loop().call_later(REFUSED_TIME_S, self.transport.abort)
 
     def _advance(self) -> None:
         """Go on with the request in the buffer as far as its bytes allow.  Raises OppiError."""
@@ -4076,7 +4105,7 @@ class Connection:
             request, self.request = self.request, None
             request.body = bytes(self.buffer[: self.need])
             del self.buffer[: self.need]
-            self.busy = True
+            self.busy, self.until = True, 0.0
             self._expect(0)
             asyncio.ensure_future(self._answer(request))
 
@@ -4090,6 +4119,7 @@ class Connection:
         limit = BODY_LIMIT
         try:
             self.edge.api.admit(request)
+            self.until = time.monotonic() + BODY_TIME_S
         except Unauthorized:
             limit = OPEN_BODY_LIMIT
         if self.edge.api.open_route(request):
@@ -4338,7 +4368,6 @@ WORKSPACE_FIELDS = (
 CLEARABLE = (*WORKSPACE_TEXTS, "sandboxConfig")
 SEEDS = (("general", "terminal", "A place for everyday work"), ("research", "magnifyingglass", "Reading and finding out"))
 MODEL_FIELDS = ("id", "name", "provider", "reasoning", "input", "contextWindow", "maxTokens")
-RESULT_LIMIT = 900 * 1024  # bytes of a result frame; phones refuse 1 MiB
 
 
 def _list_of_text(value: Any) -> bool:
@@ -4789,9 +4818,9 @@ class Api:
             raise BadRequest("expiresInMs must be a positive number when provided")
         if body.get("action") in ("allow", "deny") and key not in self.server.approvals.pending:
             raise NotFound("Permission request not found")
-        got = self.server.approvals.answer(key, body.get("action"), scope, expires)
-        more = {"expiresInMs": expires} if expires is not None and got != "once" else {}
-        return {"ok": True, "id": key, "action": body["action"], "scope": got, **more}
+        choice = self.server.approvals.answer(key, body.get("action"), scope, expires)
+        more = {"expiresInMs": expires} if expires is not None and choice["scope"] != "once" else {}
+        return {"ok": True, "id": key, "action": choice["action"], "scope": choice["scope"], **more}
 
     # sockets
 
@@ -4858,13 +4887,25 @@ class Api:
         body: Json = {}
         try:
             body = self._parse(data)
-            await client.ready.wait()
+            if not client.ready.is_set():
+                await self._until_ready(client, body)
             await self._dispatch(client, body)
         except OppiError as error:
             self._failed(client, body, str(error), error.code)
         except Exception as error:
             log("socket", f"{body.get('type')}: {type(error).__name__}: {error}")
             self._failed(client, body, "Internal error")
+
+    async def _until_ready(self, client: Socket, body: Json) -> None:
+        """Hold a message while pi starts.  The app gives up on a turn after 4 s, though it is safely held."""
+        turn_id = body.get("clientTurnId")
+        if body["type"] in TURN_COMMANDS and isinstance(turn_id, str):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(client.ready.wait(), HELD_ACK_S)
+            for stage in () if client.ready.is_set() else ("accepted", "dispatched"):
+                ack = {"type": "turn_ack", "command": body["type"], "clientTurnId": turn_id, "stage": stage}
+                client.deliver({**ack, **_request_of(body), "sessionId": client.session_id})
+        await client.ready.wait()
 
     def _parse(self, data: bytes) -> Json:
         try:
@@ -4989,7 +5030,7 @@ class Api:
             if body.get("requestId"):
                 reply(result(kind, _request_of(body)))
         elif kind == "get_state":
-            reply({"type": "state", "session": session_wire(self.server.store.sessions[session_id])})
+            reply({"type": "state", "session": session_wire(self.server.sessions.record(session_id))})
         elif kind not in KNOWN or (kind == "bash" and client.dialect == "1.1"):
             raise BadRequest(f"Unsupported command type: {kind}")
         elif live is None:
@@ -5024,7 +5065,7 @@ class Api:
             else:
                 states = []
             answer = result(kind, request, data)
-            if len(encode(answer)) > RESULT_LIMIT:
+            if len(encode(answer)) > PHONE_LIMIT:
                 raise PiFailed(f"The answer to {kind} is too large for a phone")
             frames = [STATE, answer] if after == "_after_switch" else [answer, *states]
         except OppiError as error:

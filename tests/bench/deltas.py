@@ -28,6 +28,14 @@ PROMPT = "".join(f"!stream {part} {SIZE} 0\n!wait {PAUSE}\n" for part in PARTS) 
 BUFFER, PIPE, F_SETPIPE_SZ = 256 * 1024, 1024 * 1024, 1031
 
 
+def apart(reader: int, writers: list[int]) -> None:
+    """Give reader and writer a core each: whether they share one would decide what reading costs."""
+    if sys.platform == "linux" and (os.cpu_count() or 1) > 1:
+        os.sched_setaffinity(reader, {1})
+        for pid in writers:
+            os.sched_setaffinity(pid, {0})
+
+
 def read_alone(server: Server, *, lines: bool) -> list[float]:
     """CPU seconds of the three parts for a loop that reads and discards, or also looks for the ends of lines."""
     process = subprocess.Popen([str(server.pi), "--mode", "rpc"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=server.env)
@@ -40,6 +48,7 @@ def read_alone(server: Server, *, lines: bool) -> list[float]:
     process.stdin.flush()
     while b'"id":"1"' not in buffer:
         os.readv(descriptor, [buffer])
+    apart(0, [process.pid])
     process.stdin.write(json.dumps({"type": "prompt", "message": PROMPT}).encode() + b"\n")
     process.stdin.flush()
     samples, last = [time.thread_time()], time.monotonic()
@@ -64,6 +73,7 @@ def read_by_server(server: Server) -> list[float]:
     wire = Wire(server.port, phone.token)
     wid, sid = open_session(phone, server)
     wire.subscribe(sid)
+    apart(server.pid, [pid for pid, _ in server.orphans()])
     samples, begin = [cpu_seconds(server.pid)], len(wire.frames)
     wire.prompt(sid, PROMPT)
     got = [0, begin]  # characters so far, frames looked at

@@ -637,3 +637,13 @@ def test_durable_and_notification_messages_are_those_of_the_wire() -> None:
     assert frozenset(f"{durable} session_ended session_deleted error".split()) == oppi.DURABLE
     assert {"state", "permission_request", "permission_expired", "permission_cancelled", "error"} <= oppi.NOTIFY
     assert not {"message_end", "tool_start", "tool_end", "text_delta", "tool_output"} & oppi.NOTIFY
+
+
+def test_what_does_not_fit_a_frame_is_cut_and_says_so() -> None:
+    long = "x" * 2_000_000
+    end = of_type(events({"type": "message_end", "message": {"role": "user", "content": long}}), "message_end")[0]
+    assert len(oppi.encode(end)) < 1_000_000 and "more characters" in end["content"]
+    args = {"path": "a", "content": long, "edits": [{"oldText": long}], "n": 7}
+    start = of_type(events({"type": "tool_execution_start", "toolName": "write", "args": args}), "tool_start")[0]
+    assert len(oppi.encode(start)) < 1_000_000 and "2000000 characters in all" in start["args"]["content"]
+    assert (start["args"]["path"], start["args"]["n"]) == ("a", 7)

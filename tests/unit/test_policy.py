@@ -772,3 +772,21 @@ def test_any_text_gets_a_verdict(text: str, preset: str) -> None:
         verdict = oppi.evaluate(call, context(preset, deny(pattern=text or "x"), ALLOW_ALL))
         assert verdict.action in oppi.ACTIONS
         assert verdict.risk in oppi.RISKS
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "matches"),
+    [
+        ("/x/*.{pem,key}", "/x/a.key", True),
+        ("/x/*.{pem,key}", "/x/a.txt", False),
+        ("/x/[!ab].txt", "/x/c.txt", True),
+        ("/x/[!ab].txt", "/x/a.txt", False),
+        ("/x/a,b", "/x/a,b", True),
+        ("/x/{a", "/x/{a", True),
+        ("[z-a]", "[z-a]", True),
+        ("[z-a]", "b", False),
+        ("{a,b}" * 40, "ab" * 20, True),
+    ],
+)
+def test_file_patterns(pattern: str, text: str, matches: bool) -> None:
+    assert oppi.glob_match(pattern, text) is matches
