@@ -3905,6 +3905,7 @@ def live_entries(messages: Sequence[Any]) -> list[Json]:
 # sans-I/O protocol of `websockets`.  A malformed request gets a 4xx and nothing else happens.
 
 HEAD_LIMIT = 32 * 1024  # bytes of request line and headers
+REFUSED_BYTES = 32 * 1024 * 1024  # discarded after an error before the connection is cut
 BODY_LIMIT = 24 * 1024 * 1024  # bytes; a session may be created with images
 OPEN_BODY_LIMIT = 4 * 1024  # the same without a token
 FRAME_LIMIT = 16 * 1024 * 1024
@@ -4013,7 +4014,8 @@ class Connection:
         self.request: Request | None = None  # its head is read, its body is not
         self.need = 0  # bytes of the body
         self.busy = False  # a request is being answered
-        self.refused = False  # an error was answered; what still comes is not read
+        self.refused = False  # an error was answered; what still comes is discarded
+        self.discarded = 0
         self.until = 0.0  # when the body of an admitted request must be complete
         self.socket: Socket | None = None
         self.timer: Any = None
@@ -4063,6 +4065,9 @@ class Connection:
             self.socket.received(data)
             return
         if self.refused:
+            self.discarded += len(data)
+            if self.discarded > REFUSED_BYTES:
+                self.transport.abort()
             return
         self.buffer += data
         if self.until > time.monotonic():  # a body that keeps coming

@@ -154,7 +154,7 @@ class TestBrokenPi:
     def test_children_that_stay_behind_are_ended(self, both: Rig) -> None:
         chat = both.chat()
         chat.play("!orphan 600\n!say left one")
-        assert [line for _, line in both.server.orphans() if line.startswith("sleep 600")]
+        eventually(lambda: [line for _, line in both.server.orphans() if line.startswith("sleep 600")])
         chat.stop()
         eventually(lambda: not [line for _, line in both.server.orphans() if line.startswith("sleep 600")])
 
