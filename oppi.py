@@ -2680,8 +2680,8 @@ class PiInfo:
 # make its neighbours wait.  A child never outlives its session: stdin is closed, then SIGTERM, then
 # SIGKILL, and whatever it left behind is found by its environment and ended too.
 
-READ_SIZE = 64 * 1024  # bytes per read; some 200 deltas, and within the processor's cache
-READ_TURN_S = 0.001  # then the loop may serve others
+READ_SIZE = 32 * 1024  # bytes per read; some 100 deltas, and within the processor's cache
+READ_TURN_S = 0.0005  # then the loop may serve others
 PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
 F_SETPIPE_SZ = 1031
 STDERR_TAIL = 4096  # bytes kept to explain a failure
