@@ -1338,6 +1338,11 @@ class PiReader:
         self._look_at = HEAD
         self._update, self._skipped = re.compile(UPDATE), re.compile(SKIPPED)
 
+    @property
+    def skipping(self) -> bool:
+        """Whether the bytes to come are the rest of a line that is not needed."""
+        return self._skip is not None
+
     def feed(self, chunk: bytes | bytearray, end: int) -> list[Json | Delta]:
         """Items of the lines that end in chunk[:end].  Raises OverflowError for a line over LINE_LIMIT."""
         items: list[Json | Delta] = []
@@ -1346,7 +1351,8 @@ class PiReader:
             newline = chunk.find(b"\n", position, end)
             stop = end if newline < 0 else newline
             if self._skip is not None:
-                self._tail = (self._tail + chunk[max(position, stop - TAIL) : stop])[-TAIL:]
+                if not isinstance(self._skip, Delta):  # only agent_end has something at its end
+                    self._tail = (self._tail + chunk[max(position, stop - TAIL) : stop])[-TAIL:]
             elif self._line or newline < 0:
                 self._keep(chunk, position, stop)
             else:
@@ -2680,6 +2686,7 @@ class PiInfo:
 # make its neighbours wait.  A child never outlives its session: stdin is closed, then SIGTERM, then
 # SIGKILL, and whatever it left behind is found by its environment and ended too.
 
+SKIP_SIZE = 256 * 1024  # bytes per read while the rest of a line is skipped: looking for its end costs little
 READ_SIZE = 32 * 1024  # bytes per read; some 100 deltas, and within the processor's cache
 READ_TURN_S = 0.0005  # then the loop may serve others
 PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
@@ -2721,6 +2728,7 @@ class PiProcess:
     (exit code, tail of stderr) once, after the last item."""
 
     _buffer = bytearray()  # shared: nothing is kept in it between two reads
+    _front = memoryview(b"")  # its first READ_SIZE bytes
 
     def __init__(self, on_items: Callable[[list[Json | Delta]], None], on_exit: Callable[[int, str], None]) -> None:
         self.on_items, self.on_exit = on_items, on_exit
@@ -2770,11 +2778,12 @@ class PiProcess:
     def _readable(self) -> None:
         buffer = PiProcess._buffer
         if not buffer:
-            buffer = PiProcess._buffer = bytearray(READ_SIZE)
+            buffer = PiProcess._buffer = bytearray(SKIP_SIZE)
+            PiProcess._front = memoryview(buffer)[:READ_SIZE]
         deadline = time.monotonic() + READ_TURN_S
         while time.monotonic() < deadline:
             try:
-                size = os.readv(self._stdout, [buffer])
+                size = os.readv(self._stdout, [buffer if self.reader.skipping else PiProcess._front])
             except BlockingIOError:
                 return
             except OSError:
