@@ -647,3 +647,12 @@ def test_what_does_not_fit_a_frame_is_cut_and_says_so() -> None:
     start = of_type(events({"type": "tool_execution_start", "toolName": "write", "args": args}), "tool_start")[0]
     assert len(oppi.encode(start)) < 1_000_000 and "2000000 characters in all" in start["args"]["content"]
     assert (start["args"]["path"], start["args"]["n"]) == ("a", 7)
+
+
+def test_the_rest_of_a_long_line_is_known_to_be_skipped() -> None:
+    reader = oppi.PiReader()
+    front = b'{"type":"message_update","assistantMessageEvent":{"type":"text_delta","contentIndex":0,"delta":"x","partial":"'
+    chunk = front + b"y" * 4000
+    assert reader.feed(chunk, len(chunk)) == [] and reader.skipping
+    rest = b'z"}}\n'
+    assert reader.feed(rest, len(rest)) == [oppi.Delta("text", 0, "x")] and not reader.skipping
