@@ -1498,6 +1498,7 @@ LONG_TEXT = 16 * 1024  # characters of a string that stay when a frame is too la
 MEDIA = {"image": "image/png", "audio": "audio/wav"}
 # all but colours (ESC[…m), and one that is cut off at the end
 ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_]|[\[\]]?[0-?]*$)"
+ENDINGS = ("", '"}', "}", '"}]}', '"]}')  # what may be missing of arguments that are still being written
 THINKING_LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh")
 TOO_LARGE_TEXT = (
     "Request too large - the conversation has exceeded the maximum request size. Start a new session to continue."
@@ -1508,7 +1509,7 @@ def render(message: Json, dialect: str) -> Json | None:
     """A message as one app generation spells it, or None if that app has no use for it."""
     if dialect == "1.1":
         return message
-    if message["type"] in ONLY_11:
+    if message["type"] in ONLY_11 or message.get("preview"):
         return None
     return {**message, "type": "rpc_result"} if message["type"] == "command_result" else message
 
@@ -1570,6 +1571,7 @@ class Translator:
         self.thought = False  # thinking of the current message was streamed
         self.half: dict[str, str] = {}  # kind -> a high surrogate that waits for its other half
         self.failure = ""  # error of the last answer, told when it is final
+        self.calls: dict[int, Json] = {}  # content block -> the tool call the model is writing there
 
     def delta(self, delta: Delta) -> str:
         """The text of a delta that may be shown now."""
@@ -1577,7 +1579,30 @@ class Translator:
         if text and "\ud800" <= delta.text[-1:] <= "\udbff":
             self.half[delta.kind], text = delta.text[-1], text[:-1]
         self.thought = self.thought or delta.kind == "thinking"
+        if delta.kind == "toolcall" and delta.block in self.calls:
+            self.calls[delta.block]["raw"] += text
         return text
+
+    def preview(self, block: int) -> list[Json]:
+        """A tool call that is still being written, as far as its arguments can be read; app 1.1 shows it grow."""
+        call = self.calls.get(block)
+        args = None if call is None else next(filter(None, (_object(call["raw"] + end) for end in ENDINGS)), None)
+        if call is None or args is None:
+            return []
+        start = {"type": "tool_start", "tool": call["tool"], "args": fitting(args), "toolCallId": call["id"]}
+        return [{**start, "preview": True}]
+
+    def _on_message_update(self, event: Json) -> list[Json]:
+        """P87 names the call in the event, P73 only in the partial message."""
+        update = obj(event.get("assistantMessageEvent"))
+        block = whole(update.get("contentIndex"))
+        if update.get("type") == "toolcall_start":
+            partial = arr(obj(update.get("partial")).get("content"))
+            named = {**obj(partial[block] if block < len(partial) else None), **update}
+            call, tool = named.get("id"), update.get("toolName") or named.get("name")
+            if _is_text(call) and _is_text(tool):
+                self.calls[block] = {"id": call, "tool": tool, "raw": ""}
+        return []
 
     def messages(self, event: Json) -> list[Json]:
         """What a phone is told about an event; [] for most kinds."""
@@ -1586,7 +1611,7 @@ class Translator:
         return found
 
     def _on_message_start(self, event: Json) -> list[Json]:
-        self.thought, self.half = False, {}
+        self.thought, self.half, self.calls = False, {}, {}
         return []
 
     def _on_message_end(self, event: Json) -> list[Json]:
@@ -1673,6 +1698,13 @@ class Translator:
 
     def _on_extension_ui_request(self, event: Json) -> list[Json]:
         return [dialog_message(event)]
+
+
+def _object(text: str) -> Json:
+    try:
+        return obj(parse_json(text))
+    except ValueError:
+        return {}
 
 
 def tool_details(result: Any) -> Json | None:
@@ -1904,10 +1936,7 @@ def _assistant_events(entry_id: str, message: Json) -> list[Json]:
 def _arguments(block: Json) -> Json:
     if isinstance(block.get("arguments"), dict):
         return obj(block["arguments"])
-    try:
-        return obj(parse_json(str(block.get("partialJson") or "")))
-    except ValueError:
-        return {}
+    return _object(str(block.get("partialJson") or ""))
 
 
 def _result_events(entry_id: str, message: Json) -> list[Json]:
@@ -2887,6 +2916,7 @@ class PiProcess:
 # let a tool that was not allowed go on.
 
 FLUSH_S = 0.002  # deltas closer together than this share a frame
+PREVIEW_S = 0.25  # how often a tool call that is being written is shown
 SETTLE_S = 0.05  # P73 says nothing after agent_end when it is done; a retry follows within 3 ms
 ABORT_S, ABORT_AGAIN_S = 8.0, 5.0
 HELD_ACK_S = 1.0  # a turn pi has not answered after this is acknowledged as held
@@ -3022,7 +3052,7 @@ class LiveSession:
         self.translator, self.turns = Translator(), TurnCache()
         self.dialogs: dict[str, Json] = {}
         self.asked: dict[str, str] = {}  # tool call id -> "asked" or "allowed", while the call is under way
-        self.lane = asyncio.Lock()  # turn commands run one after the other
+        self.lane = asyncio.Lock()  # turns are written to pi in the order they came
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait)
         self.free.set()
         self.gated = asyncio.Event()  # the gate has said hello
@@ -3034,8 +3064,7 @@ class LiveSession:
         self.cwd = self.exit_text = ""
         self._delta: list[str] = []
         self._delta_kind = ""
-        self._flushed = self.spoke = time.monotonic()
-        self.used = time.monotonic()
+        self._flushed = self._previewed = self.spoke = self.used = time.monotonic()
         self._timers: dict[str, Any] = {}
 
     # starting
@@ -3127,7 +3156,7 @@ class LiveSession:
         if message is STATE:
             message = {"type": "state", "session": session_wire(self.record)}
         message = {**message, "sessionId": self.id}
-        if message["type"] in DURABLE:
+        if message["type"] in DURABLE and not message.get("preview"):
             if self.log.seq + 1 >= self.record["oppi"]["seq"]:
                 self._reserve_seq()
             message = self.log.append(message)
@@ -3141,7 +3170,13 @@ class LiveSession:
 
     def _on_delta(self, delta: Delta) -> None:
         text = self.translator.delta(delta)
-        if delta.kind == "toolcall" or not text:
+        if delta.kind == "toolcall":
+            if time.monotonic() - self._previewed > PREVIEW_S:
+                self._previewed = time.monotonic()
+                for message in self.translator.preview(delta.block):
+                    self.emit(message)
+            return
+        if not text:
             return
         if self._delta_kind != delta.kind:
             self.flush()
@@ -3451,8 +3486,7 @@ class LiveSession:
         if command == "prompt":
             count_prompt(self.record, payload["message"], now_ms())
             self.save()
-        async with self.lane:
-            await self._hand_over(turn_id, command, payload, request, reply)
+        await self._hand_over(turn_id, command, payload, request, reply)
 
     def _check_turn(self, command: str) -> None:
         if self.ended:
@@ -3481,9 +3515,10 @@ class LiveSession:
 
         timer = loop.call_later(HELD_ACK_S, dispatched)
         try:
-            await self.free.wait()
-            self.used = time.monotonic()
-            self.pi.call({"type": command, **payload}, responded)
+            async with self.lane:
+                await self.free.wait()
+                self.used = time.monotonic()
+                self.pi.call({"type": command, **payload}, responded)
             failure = await answered
         finally:
             timer.cancel()

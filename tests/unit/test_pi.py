@@ -656,3 +656,27 @@ def test_the_rest_of_a_long_line_is_known_to_be_skipped() -> None:
     assert reader.feed(chunk, len(chunk)) == [] and reader.skipping
     rest = b'z"}}\n'
     assert reader.feed(rest, len(rest)) == [oppi.Delta("text", 0, "x")] and not reader.skipping
+
+
+@pytest.mark.parametrize("version", ["0.73", "0.87"])
+def test_a_call_can_be_seen_while_it_is_written(version: str) -> None:
+    translator, shown = oppi.Translator(), []
+    for item in read_all(recorded(version, "tool_write")):
+        if isinstance(item, oppi.Delta):
+            translator.delta(item)
+            shown += translator.preview(item.block) if item.kind == "toolcall" else []
+        else:
+            translator.messages(item)
+    assert len(shown) > 1 and all(m["tool"] == "write" and m["toolCallId"] and m["preview"] for m in shown)
+    texts = [m["args"].get("content", "") for m in shown]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:])) and texts[-1]
+    assert oppi.render(shown[0], "1.0") is None and oppi.render(shown[0], "1.1") == shown[0]
+
+
+def test_a_call_without_a_name_is_not_shown() -> None:
+    translator = oppi.Translator()
+    update = {"type": "toolcall_start", "contentIndex": 3, "partial": {"content": []}}
+    assert translator.messages({"type": "message_update", "assistantMessageEvent": update}) == []
+    assert translator.messages({"type": "message_update", "assistantMessageEvent": {"type": "toolcall_end"}}) == []
+    translator.delta(oppi.Delta("toolcall", 3, "{}"))
+    assert translator.preview(3) == []
