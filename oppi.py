@@ -331,6 +331,12 @@ CHECKS: dict[str, Callable[[Key, Any], str]] = {
 }
 
 
+def typed(record: Json, table: dict[str, str]) -> Json:
+    """The fields of a record that are of the kind `table` (kind -> names) says; what is not is left out."""
+    rows = [(name, Key(name, kind)) for kind, names in table.items() for name in names.split()]
+    return {name: record[name] for name, key in rows if not CHECKS[key.kind](key, record.get(name))}
+
+
 def _leaves(raw: Json) -> Iterator[tuple[str, Any]]:
     """(path, value) of everything in a configuration, sections opened."""
     for name, value in raw.items():
@@ -437,6 +443,8 @@ INVITE_FIELDS = ("host", "port", "token", "name", "fingerprint", "securityProfil
 WRONG_TRIES = 5  # wrong pairing tokens after which every outstanding v3 invite is dead
 PAIR_WINDOW_S, PAIR_BLOCK_S = 60, 120  # five failures of one address in the window block it so long
 PAIRING_TTL_S = 90  # life of an app 1.1 invite
+DEVICE_TYPES = {"string": "id name kind hash"}
+INVITE_TYPES = {"string": "hash kind name", "int": "expiresAt failures"}
 KINDS = {"v2": "app 1.0", "v3": "app 1.1", "script": "script", "moved": "app 1.1"}
 
 
@@ -828,9 +836,7 @@ LONG_READS = frozenset(
 )
 GIT_VALUES = frozenset("-C -c --git-dir --work-tree --namespace --super-prefix --config-env".split())
 WRAPPERS = frozenset("command builtin nohup setsid".split())  # run the rest of their words; with options they are opaque
-OPAQUE = frozenset(
-    "eval source . exec xargs parallel env nice timeout stdbuf time watch script busybox alias pushd popd".split()
-)
+OPAQUE = frozenset("eval source . exec xargs parallel env nice timeout stdbuf time watch script busybox alias pushd popd".split())
 SHELLS = frozenset("sh bash zsh dash ksh fish".split())
 INTERPRETERS = SHELLS | frozenset("python python2 python3 node deno bun ruby perl php osascript lua Rscript".split())
 TRUSTED = ("", "/bin", "/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
@@ -843,7 +849,7 @@ START_FILES = frozenset(
 SECRET_DIRS = r"(?i)/\.(ssh|aws|gnupg|docker|kube|azure)(/|$)|/\.config/(gh|gcloud)(/|$)|/Library/Keychains(/|$)"
 SECRET_FILES = r"(?i)/(\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json)$|^/proc/[^/]+/environ$"
 DATA_SECRETS = r"/(config\.json|devices\.json|identity_ed25519|apns\.json)$"
-FORK_BOMB = r"(\S+)\s*\(\)\s*\{[^}]*\1\s*\|\s*\1\s*&"
+FORK_BOMB = r"(?<![^\s;&|])([^\s(){}|&;]{1,64})\s{0,8}\(\)\s{0,8}\{[^}]{0,200}?\1\s{0,8}\|\s{0,8}\1\s{0,8}&"
 DATA_FLAGS = r"-[A-Za-z]*[dFTKu].*|--(data|form|json|upload-file|post-|body-|config|user).*"
 UNSAFE_METHOD = r"(?i)(^| )(-[a-z]*X|--request|--method)[ =]?(?!(GET|HEAD)( |$))\w"
 LOOPBACK = r"(?i)(https?://)?(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?(/.*)?$"
@@ -1500,9 +1506,7 @@ MEDIA = {"image": "image/png", "audio": "audio/wav"}
 ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_]|[\[\]]?[0-?]*$)"
 ENDINGS = ("", '"}', "}", '"}]}', '"]}')  # what may be missing of arguments that are still being written
 THINKING_LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh")
-TOO_LARGE_TEXT = (
-    "Request too large - the conversation has exceeded the maximum request size. Start a new session to continue."
-)
+TOO_LARGE_TEXT = ("Request too large - the conversation has exceeded the maximum request size. Start a new session to continue.")
 
 
 def render(message: Json, dialect: str) -> Json | None:
@@ -1537,8 +1541,9 @@ def appended(old: str, new: str) -> str:
     if new.startswith(old):
         return new[len(old) :]
     line = new[: new.find("\n") + 1] or new
-    start = old.find(line)
-    while start >= 0:
+    start, tries = old.find(line), 64  # a line that repeats endlessly is not worth more
+    while start >= 0 and tries:
+        tries -= 1
         if new.startswith(old[start:]):
             return new[len(old) - start :]
         start = old.find(line, start + 1)
@@ -1743,11 +1748,13 @@ def whole(value: Any) -> int:
 # What a session's record is told by the events.  The record is the JSON object that is stored and
 # sent; `oppi` inside it is this server's own and never leaves it.
 
-SESSION_FIELDS = (
-    "id workspaceId workspaceName name status createdAt lastActivity model runtime messageCount tokens cost changeStats "
-    "contextTokens contextWindow firstMessage lastMessage thinkingLevel parentSessionId warnings piSessionFile "
-    "piSessionFiles piSessionId"
-).split()
+SESSION_TYPES = {
+    "string": "id workspaceId workspaceName name model runtime firstMessage lastMessage thinkingLevel parentSessionId "
+    "piSessionFile piSessionId",
+    "int": "contextTokens",
+    "texts": "warnings piSessionFiles",
+}
+STATS_TYPES = {"int": "mutatingToolCalls filesChanged addedLines removedLines", "texts": "changedFiles"}
 STATUSES = ("starting", "ready", "busy", "stopping", "stopped", "error")
 CHANGED_FILES = 100  # app 1.1 shows so many; the rest is a number
 NO_TOKENS = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
@@ -1755,19 +1762,19 @@ NO_TOKENS = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
 
 def session_wire(record: Json) -> Json:
     """A session as the apps decode it: every required field there and of its type, own fields left out."""
-    wire = {name: record[name] for name in SESSION_FIELDS if record.get(name) is not None}
-    tokens = obj(record.get("tokens"))
+    wire = typed(record, SESSION_TYPES)
+    tokens, cost, stats = obj(record.get("tokens")), record.get("cost"), obj(record.get("changeStats"))
     wire["tokens"] = {name: whole(tokens.get(name)) for name in NO_TOKENS}
     wire["status"] = record["status"] if record.get("status") in STATUSES else "stopped"
-    wire["cost"] = record["cost"] if isinstance(record.get("cost"), (int, float)) else 0
+    wire["cost"] = cost if isinstance(cost, (int, float)) and not isinstance(cost, bool) else 0
     for name in ("createdAt", "lastActivity", "messageCount"):
         wire[name] = whole(record.get(name))
     wire["contextWindow"] = whole(record.get("contextWindow")) or context_window(str(record.get("model") or ""))
     if wire.get("thinkingLevel") not in THINKING_LEVELS:
         wire.pop("thinkingLevel", None)
-    wire.pop("changeStats", None)
-    if isinstance(record.get("changeStats"), dict):
-        wire["changeStats"] = {k: v for k, v in record["changeStats"].items() if not k.startswith("_")}
+    counted = typed(stats, STATS_TYPES)
+    if len(counted) == 5:  # the apps want all of it or none
+        wire["changeStats"] = {**counted, **typed(stats, {"int": "changedFilesOverflow"})}
     return wire
 
 
@@ -1803,8 +1810,9 @@ def lines_of(text: Any) -> int:
     return text.count("\n") + 1 if isinstance(text, str) and text else 0
 
 
-def count_change(record: Json, tool: str, args: Json, cwd: str) -> None:
+def count_change(record: Json, event: Json, cwd: str) -> None:
     """Change statistics of an `edit` or `write` call, paths relative to the workspace where they lie in it."""
+    tool, args = str(event.get("toolName")), obj(event.get("args"))
     path = args.get("path") or args.get("file_path")
     if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not path.strip():
         return
@@ -2273,17 +2281,10 @@ class Store:
     def read_access(self) -> Access:
         """Devices and invites, with the owner token and the device tokens of an original 1.1."""
         raw, state = self.read_config(), self._read(self.path("devices.json"), dict) or {}
-        lists = ("devices", "invites")
-        state.update(
-            {k: [d for d in state[k] if isinstance(d, dict) and "hash" in d] for k in lists if isinstance(state.get(k), list)}
-        )
-        moved = raw.get("authDeviceTokens")
-        owner = raw.get("token")
-        return Access(
-            state,
-            owner if isinstance(owner, str) else "",
-            [t for t in moved if isinstance(t, str) and t] if isinstance(moved, list) else [],
-        )
+        state["devices"] = [d for d in map(obj, arr(state.get("devices"))) if len(typed(d, DEVICE_TYPES)) == 4]
+        state["invites"] = [i for i in map(obj, arr(state.get("invites"))) if len(typed(i, INVITE_TYPES)) == 5]
+        owner = str(raw.get("token") or "")
+        return Access(state, owner, [t for t in arr(raw.get("authDeviceTokens")) if _is_text(t)])
 
     def change_access(self, change: Callable[[Access], Any]) -> Any:
         """Apply `change` under the lock and save; returns what it returns."""
@@ -2332,7 +2333,11 @@ class Store:
 
     def _load_record(self, folder: str, name: str, records: dict[str, Json]) -> None:
         path = self.path(folder, name)
-        value = self._read(path, dict)
+        try:
+            value = self._read(path, dict)
+        except OSError as error:
+            log("store", f"{path}: {error.strerror}; left as it is")
+            return
         if value is None:
             return
         record = value.get("session") if folder == "sessions" else value
@@ -2465,14 +2470,18 @@ class Store:
         with open(public, encoding="ascii") as file:
             return fingerprint(public_raw(file.read()))
 
-    def check_identity(self, private: str) -> None:
-        """Raises UsageError if the public key file is not the private key's."""
-        public = self.identity_paths(self.settings())[1]
-        with open(private, encoding="ascii") as file:
-            derived = public_raw(public_pem(file.read()))
-        with open(public, encoding="ascii") as file:
-            if public_raw(file.read()) != derived:
-                raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
+    def check_identity(self) -> None:
+        """Make the identity if there is none.  Raises UsageError if the public key file is not the private key's."""
+        private, public = self.identity_paths(self.settings())
+        if not os.path.exists(private):
+            self.identity(create=True)
+        try:
+            with open(private, encoding="ascii") as file:
+                derived = public_raw(public_pem(file.read()))
+        except ValueError:
+            raise UsageError(f"The identity key {private} cannot be read as an Ed25519 key") from None
+        if os.path.exists(public) and self._fingerprint(private, public) != fingerprint(derived):
+            raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
 
 
 def _logged(work: Callable[[], Any]) -> Any:
@@ -2507,9 +2516,17 @@ def agent_dir() -> str:
     return os.path.expanduser(os.environ.get("PI_CODING_AGENT_DIR") or "~/.pi/agent")
 
 
+def read_regular(path: str, limit: int = SKILL_LIMIT) -> bytes:
+    """At most `limit` bytes of a plain file.  Raises OSError; a pipe or device in a repository makes nobody wait."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if os.fstat(file.fileno()).st_mode & 0o170000 != 0o100000:
+            raise OSError("not a plain file")
+        return file.read(limit)
+
+
 def front_matter(text: str) -> dict[str, str]:
     """Top-level scalar fields of a SKILL.md: plain, quoted, or folded over indented lines."""
-    match = re.match(r"---\s*\n(.*?)\n---", text, re.S)
+    match = re.match(r"---[ \t]*\n(.*?)\n---", text, re.S)
     fields: dict[str, str] = {}
     for name, value, block in re.findall(r"^([\w-]+):[ \t]*(.*)((?:\n[ \t]+.*)*)", match.group(1) if match else "", re.M):
         value = value.strip()
@@ -2527,8 +2544,7 @@ def scan_skills(folder: str) -> list[Json]:
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
         try:
-            with open(os.path.join(path, "SKILL.md"), encoding="utf-8", errors="replace") as file:
-                text = file.read(SKILL_LIMIT)
+            text = read_regular(os.path.join(path, "SKILL.md")).decode("utf-8", "replace")
         except OSError:
             continue
         fields = front_matter(text)
@@ -2552,7 +2568,7 @@ def extension_paths(workspace: Json) -> list[str]:
     """Files or directories of the extensions a workspace lists, as far as they exist."""
     folder, found = os.path.join(agent_dir(), "extensions"), []
     for name in workspace.get("extensions") or []:
-        if isinstance(name, str) and re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", name) and name != "permission-gate":
+        if isinstance(name, str) and re.fullmatch(EXTENSION_NAME, name) and name != "permission-gate":
             bare = re.sub(r"\.(ts|js)$", "", name)
             paths = [os.path.join(folder, candidate) for candidate in (name, bare, bare + ".ts", bare + ".js")]
             found += [path for path in paths if os.path.exists(path)][:1]
@@ -2681,7 +2697,7 @@ class PiInfo:
             if self._asked != key:
                 code, out, err = await run_program([path, "--version"], self.environment())
                 match = re.search(r"(\d+)\.(\d+)\.(\d+)", out + err)
-                self.version, self._asked = tuple(map(int, match.groups())) if match else (), key
+                self.version, self._asked = (tuple(map(int, match.groups())), key) if match else ((), ())
         return self.version
 
     async def known_models(self) -> list[Json]:
@@ -2781,10 +2797,12 @@ class PiProcess:
             self.process = await asyncio.create_subprocess_exec(
                 *argv, cwd=cwd, env=env, stdin=subprocess.PIPE, stdout=pipes[0][1], stderr=pipes[1][1], start_new_session=True
             )
-        except OSError as error:
+        except BaseException as error:
             for read_end, _ in pipes:
                 os.close(read_end)
-            raise PiFailed(f"pi could not be started: {error.strerror}") from None
+            if isinstance(error, (OSError, ValueError)):
+                raise PiFailed(f"pi could not be started: {error}") from None
+            raise
         finally:
             for _, write_end in pipes:
                 os.close(write_end)
@@ -2924,7 +2942,6 @@ GATE_WAIT_S = 5.0
 SILENCE_S = 8.0  # the apps reconnect after 45 s without a text, thinking or tool frame
 OWN_TURN = "own turn:"  # id of a turn the phone gave none: it is not acknowledged
 FOR_EVER_MS = 100 * 365 * 86_400_000
-AUDIT_LAYERS = {"user": "user_response", "timeout": "timeout", "extension_lost": "extension_lost"}
 
 
 class Hub:
@@ -2964,7 +2981,7 @@ class Approvals:
         self.pending: dict[str, Pending] = {}
 
     def audit(self, session: LiveSession, call: Call, decision: str, by: str, verdict: Verdict, **more: Any) -> None:
-        layer = AUDIT_LAYERS.get(by, verdict.layer)
+        layer = {"policy": verdict.layer, "user": "user_response"}.get(by, by)
         entry = {"sessionId": session.id, "workspaceId": session.workspace_id, "tool": call.tool}
         entry.update(displaySummary=display_summary(call), risk=verdict.risk, decision=decision, resolvedBy=by, layer=layer)
         if verdict.rule_id:
@@ -2987,9 +3004,6 @@ class Approvals:
         self.pending[key] = Pending(session, call, call_id, request_id, options, wire, timer)
         log("gate", f"asking {key} session={session.id} tool={call.tool} risk={verdict.risk} chars={len(wire['displaySummary'])}")
         self.hub.publish(wire, everyone=True)
-
-    def of_session(self, session_id: str) -> list[Json]:
-        return [p.wire for p in self.pending.values() if p.session.id == session_id]
 
     def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> Json:
         """Settle a question; what came of it ({action, scope, …}).  Raises NotFound or BadRequest."""
@@ -3061,7 +3075,8 @@ class LiveSession:
         self.modern = sessions.pi.version >= MODERN
         self.stop_mode = ""  # "abort" or "terminate" while one is pending
         self.busy_before_stop, self.stop_source = "busy", "user"
-        self.cwd = self.exit_text = ""
+        self.cwd: str = ""
+        self.exit_text = ""
         self._delta: list[str] = []
         self._delta_kind = ""
         self._flushed = self._previewed = self.spoke = self.used = time.monotonic()
@@ -3091,6 +3106,8 @@ class LiveSession:
         self.adopt(state)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.gated.wait(), GATE_WAIT_S)
+        if self.ended:
+            raise PiFailed(f"pi exited before ready: {self.id}. {self.exit_text[:500]}")
         self.set_status("ready")
 
     async def _discard(self) -> None:
@@ -3185,6 +3202,7 @@ class LiveSession:
 
     def flush(self) -> None:
         """Send the deltas gathered so far as one message."""
+        self._cancel_timer("flush")
         if self._delta:
             text, self._delta = "".join(self._delta), []
             self._flushed = self.spoke = time.monotonic()
@@ -3197,11 +3215,7 @@ class LiveSession:
         if wait <= 0:
             self.flush()
         elif "flush" not in self._timers:
-            self._timers["flush"] = asyncio.get_running_loop().call_later(wait, self._flush_now)
-
-    def _flush_now(self) -> None:
-        self._timers.pop("flush", None)
-        self.flush()
+            self._timers["flush"] = asyncio.get_running_loop().call_later(wait, self.flush)
 
     def breathe(self) -> None:
         """While busy and silent: an empty delta, so that the apps do not take the socket for dead."""
@@ -3306,26 +3320,12 @@ class LiveSession:
         self.set_status("ready")
         self.emit(STATE)
 
-    def _on_tool_start(self, event: Json) -> None:
-        count_change(self.record, str(event.get("toolName")), obj(event.get("args")), self.cwd)
-
     def _on_message_start(self, event: Json) -> None:
         message = obj(event.get("message"))
         if message.get("role") == "user":
             started = self.turns.starting(False, block_text(message.get("content")))
             if started:
                 self._ack(started[0], "started")
-
-    def _on_message_end(self, event: Json) -> None:
-        count_answer(self.record, obj(event.get("message")))
-
-    def _on_renamed(self, event: Json) -> None:
-        if isinstance(event.get("name"), str) and event["name"].strip():
-            self.record["name"] = event["name"].strip()
-
-    def _on_thinking(self, event: Json) -> None:
-        if event.get("level") in THINKING_LEVELS:
-            self.record["thinkingLevel"] = event["level"]
 
     def _on_queue(self, event: Json) -> None:
         """Bring the mirror of pi's queue up to date; what vanished was handed to the model."""
@@ -3353,8 +3353,11 @@ class LiveSession:
         "agent_start": _on_agent_start, "agent_end": _on_agent_end, "agent_settled": idle, "queue_update": _on_queue,
         "auto_retry_start": _on_wait, "compaction_start": _on_wait, "auto_compaction_start": _on_wait,
         "auto_retry_end": _on_wait_over, "compaction_end": _on_wait_over, "auto_compaction_end": _on_wait_over,
-        "tool_execution_start": _on_tool_start, "message_start": _on_message_start, "message_end": _on_message_end,
-        "session_info_changed": _on_renamed, "thinking_level_changed": _on_thinking,
+        "message_start": _on_message_start,
+        "message_end": lambda self, event: count_answer(self.record, obj(event.get("message"))),
+        "tool_execution_start": lambda self, event: count_change(self.record, event, self.cwd),
+        "session_info_changed": lambda self, event: self.adopt({"sessionName": event.get("name")}),
+        "thinking_level_changed": lambda self, event: self.adopt({"thinkingLevel": event.get("level")}),
     }
 
     # the gate
@@ -3384,11 +3387,12 @@ class LiveSession:
         except Exception as error:
             log("gate", f"{self.id}: {type(error).__name__}: {error}")
             verdict = Verdict("deny", "high", "The policy failed on this call", "hard_deny")
+        if self.stop_mode or self.ended:
+            verdict = Verdict("deny", verdict.risk, "Stopped by user", "stopped")
+        self.asked[call_id] = "asked"
         if verdict.action == "ask":
-            self.asked[call_id] = "asked"
             self.sessions.approvals.ask(self, call, call_id, request_id, verdict)
             return
-        self.asked[call_id] = "asked"
         self.sessions.approvals.audit(self, call, verdict.action, "policy", verdict)
         self.settle(call_id, request_id, verdict.action, verdict.reason)
 
@@ -3415,13 +3419,8 @@ class LiveSession:
         call = Call(tool, obj(event.get("args")))
         verdict = Verdict("deny", "critical", "Ran without approval", "tripwire")
         self.sessions.approvals.audit(self, call, "deny", "policy", verdict)
-        self.emit(
-            {
-                "type": "error",
-                "error": f"Security stop: the tool {tool} ran without approval. The session was ended.",
-                "code": "gate_bypassed",
-            }
-        )
+        text = f"Security stop: the tool {tool} ran without approval. The session was ended."
+        self.emit({"type": "error", "error": text, "code": "gate_bypassed"})
         self.tripped = True
         self.pi.kill()
         return True
@@ -3489,7 +3488,7 @@ class LiveSession:
         await self._hand_over(turn_id, command, payload, request, reply)
 
     def _check_turn(self, command: str) -> None:
-        if self.ended:
+        if self.ended or self.stop_mode == "terminate":
             raise NotFound(f"Session not active: {self.id}")
         if not self.gated.is_set():
             raise PiFailed("Permission gate not connected (state: unguarded). No prompt is sent to pi.")
@@ -3502,7 +3501,8 @@ class LiveSession:
         answered: asyncio.Future[str] = loop.create_future()
 
         def dispatched() -> None:
-            if turn_id in self.turns.turns and self.turns.turns[turn_id].stage == "accepted":
+            ending = self.ended or self.stop_mode == "terminate"
+            if not ending and turn_id in self.turns.turns and self.turns.turns[turn_id].stage == "accepted":
                 self._ack(turn_id, "dispatched", **request)
                 if request:
                     reply(result(command, request))
@@ -3529,7 +3529,7 @@ class LiveSession:
             self.emit({"type": "error", "error": f"{command}: {failure}"})
 
     async def refresh(self) -> None:
-        """Read pi's state again, after it switched to another conversation."""
+        """Read pi's state again, after it may have changed."""
         self.adopt(await self.pi.request({"type": "get_state"}))
         self.save()
 
@@ -3707,6 +3707,7 @@ class Sessions:
         self.active: dict[str, LiveSession] = {}
         self.starting: dict[str, asyncio.Task[LiveSession]] = {}
         self.bases: dict[str, int] = {}  # seq of sessions that are being started
+        self.deleting: set[str] = set()
         self.closing = False
 
     def record(self, session_id: str) -> Json:
@@ -3730,6 +3731,8 @@ class Sessions:
         if live:
             live.used = time.monotonic()
             return live
+        if session_id in self.deleting:
+            raise NotFound(f"Session not found: {session_id}")
         task = self.starting.get(session_id)
         if task is None:
             record = self.record(session_id)
@@ -3758,28 +3761,19 @@ class Sessions:
             record["status"] = previous if previous in ("stopped", "error") else "stopped"
             self.store.save_session(record)
             raise
-        if live.ended:
-            raise PiFailed(f"pi exited before ready: {live.id}. {live.exit_text[:500]}")
         self.active[live.id] = live
         return live
 
     def _check_limits(self, record: Json) -> None:
         if self.closing:
             raise Unavailable("Server shutting down")
-        running = [self.record(key) for key in {*self.active, *self.starting}]
+        running = [obj(self.store.sessions.get(key)) for key in {*self.active, *self.starting}]
         settings, workspace = self.settings(), record.get("workspaceId")
-        limits = (
-            ("Global", "SESSION_LIMIT_GLOBAL", len(running), settings["maxSessionsGlobal"]),
-            (
-                "Workspace",
-                "SESSION_LIMIT_WORKSPACE",
-                sum(r.get("workspaceId") == workspace for r in running),
-                settings["maxSessionsPerWorkspace"],
-            ),
-        )
-        for name, code, count, limit in limits[::-1]:
-            if count >= limit:
-                raise SessionLimit(f"{name} session limit reached ({limit})", code)
+        beside = [r for r in running if r.get("workspaceId") == workspace]
+        for name, others in (("Workspace", beside), ("Global", running)):
+            limit = settings["maxSessionsPerWorkspace" if name == "Workspace" else "maxSessionsGlobal"]
+            if len(others) >= limit:
+                raise SessionLimit(f"{name} session limit reached ({limit})", f"SESSION_LIMIT_{name.upper()}")
 
     async def command_line(self, record: Json, workspace: Json) -> tuple[list[str], str, dict[str, str]]:
         """(argv, working directory, environment) of a session's pi.  Raises PiFailed."""
@@ -3840,12 +3834,8 @@ class Sessions:
         record: Json = {"id": new_id(), "workspaceId": workspace["id"], "workspaceName": workspace.get("name")}
         record.update(status="starting", createdAt=now, lastActivity=now, messageCount=0, tokens=dict(NO_TOKENS), cost=0)
         record.update(runtime="host", oppi={"seq": 0})
-        optional = {
-            "name": body.get("name"),
-            "model": model,
-            "thinkingLevel": body.get("thinking"),
-            "parentSessionId": body.get("parentSessionId"),
-        }
+        optional = {"model": model, "thinkingLevel": body.get("thinking")}
+        optional.update({name: body.get(name) for name in ("name", "parentSessionId")})
         record.update({k: v for k, v in optional.items() if isinstance(v, str) and v.strip()})
         record["contextWindow"] = self.pi.window(str(model or ""))
         self.store.sessions[record["id"]] = record
@@ -3869,7 +3859,11 @@ class Sessions:
 
     async def delete(self, session_id: str) -> None:
         """End and forget a session.  pi's own file stays."""
-        await self.stop(session_id)
+        self.deleting.add(session_id)
+        try:
+            await self.stop(session_id)
+        finally:
+            self.deleting.discard(session_id)
         self.store.sessions.pop(session_id, None)
         self.store.rules[:] = [r for r in self.store.rules if r.get("sessionId") != session_id]
         self.store.forget("sessions", session_id)
@@ -3916,8 +3910,8 @@ def session_files(record: Json) -> list[str]:
 def risky_settings(cwd: str) -> bool:
     """Whether a project brings settings that make pi run programs: P73 would follow them unasked."""
     try:
-        with open(os.path.join(cwd, ".pi", "settings.json"), "rb") as file:
-            return not {"shellPath", "shellCommandPrefix", "packages", "extensions"}.isdisjoint(obj(parse_json(file.read())))
+        content = obj(parse_json(read_regular(os.path.join(cwd, ".pi", "settings.json"))))
+        return not {"shellPath", "shellCommandPrefix", "packages", "extensions"}.isdisjoint(content)
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
@@ -3993,12 +3987,6 @@ class Request:
             raise BadRequest("Request body must be a JSON object")
         return value
 
-    def whole_number(self, name: str, default: int, text: str) -> int:
-        value = self.query.get(name, str(default))
-        if not re.fullmatch(r"\d{1,15}", value):
-            raise BadRequest(text)
-        return int(value)
-
 
 def parse_head(head: bytes, peer: str) -> Request:
     """Request line and headers.  Raises BadRequest for anything that is not plain HTTP/1.1."""
@@ -4008,13 +3996,13 @@ def parse_head(head: bytes, peer: str) -> Request:
         raise BadRequest("Malformed request line")
     headers: dict[str, str] = {}
     for line in lines[1:]:
-        field = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*", line)
+        field = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
         if not field:
             raise BadRequest("Malformed header")
         name = field.group(1).lower()
         if name in headers and name in ("host", "content-length", "authorization", "transfer-encoding", "origin"):
             raise BadRequest(f"Repeated header: {name}")
-        headers[name] = field.group(2)
+        headers[name] = field.group(2).strip(" \t")
     if not re.fullmatch(r"[A-Za-z0-9._~-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?", headers.get("host", "")):
         raise BadRequest("Malformed Host")
     try:
@@ -4048,6 +4036,11 @@ def response_bytes(reply: Reply, zip_it: bool) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def log_stranger(request: Request) -> None:
+    given = "present" if "authorization" in request.headers else "missing"
+    log("auth", f"401 {request.method} {request.path[:200]} — auth: {given}")
+
+
 class Connection:
     """One TCP connection; an asyncio protocol.  Requests are served one after the other."""
 
@@ -4059,6 +4052,7 @@ class Connection:
         self.need = 0  # bytes of the body
         self.busy = False  # a request is being answered
         self.refused = False  # an error was answered; what still comes is discarded
+        self.stuck = False  # the peer does not read
         self.discarded = 0
         self.until = 0.0  # when the body of an admitted request must be complete
         self.socket: Socket | None = None
@@ -4071,8 +4065,9 @@ class Connection:
         self.peer = str(peer[0])
         self.edge.connections[self] = None
         if len(self.edge.connections) > CONNECTIONS:  # the oldest that asks nothing makes room
-            idle = (c for c in self.edge.connections if c.socket is None and not c.busy)
-            next(idle).transport.abort()
+            oldest = next((c for c in self.edge.connections if c.socket is None and not c.busy), self)
+            del self.edge.connections[oldest]  # now, not when its end is noticed
+            oldest.transport.abort()
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         tcp = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
@@ -4086,12 +4081,26 @@ class Connection:
             self.socket.lost()
 
     def pause_writing(self) -> None:
+        """The peer does not take what it is sent: it must not be able to ask for more."""
+        self.stuck = True
         if self.socket:
             self.socket.blocked = True
+        else:
+            self.transport.pause_reading()
+            self._expect(HEAD_TIME_S)
 
     def resume_writing(self) -> None:
+        self.stuck = False
         if self.socket:
             self.socket.unblocked()
+        elif not (self.busy or self.refused):
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Wait for the next request, or take it from the buffer."""
+        self._expect(IDLE_TIME_S)
+        self.transport.resume_reading()
+        self.data_received(b"")
 
     def eof_received(self) -> bool:
         if self.socket:
@@ -4195,9 +4204,8 @@ class Connection:
         if closing:
             self.transport.close()
             return
-        self._expect(IDLE_TIME_S)
-        self.transport.resume_reading()
-        self.data_received(b"")
+        if not self.stuck:
+            self._go_on()
 
     def _upgrade(self, head: bytes) -> None:
         """Turn into a WebSocket, if path, token and origin are right.  Raises OppiError otherwise."""
@@ -4207,7 +4215,7 @@ class Connection:
             principal = self.edge.api.admit(request)
             dialect, session_id = self.edge.api.socket_route(request)
         except Unauthorized as error:
-            log("auth", f"401 WS upgrade {request.path} — auth: {'present' if 'authorization' in request.headers else 'missing'}")
+            log_stranger(request)
             data = response_bytes(Reply(401, {"error": str(error)}, True), False)
             self.transport.write(data.replace(b"\r\n", b'\r\nWWW-Authenticate: Bearer realm="oppi"\r\n', 1))
             self.transport.close()
@@ -4287,6 +4295,8 @@ class Socket:
         for data in self.protocol.data_to_send():
             if data:
                 self.connection.transport.write(data)
+        if self.connection.transport.get_write_buffer_size() > OUTBOX_LIMIT:
+            self.connection.transport.abort()
         if self.protocol.close_expected():
             self._expect_close()
 
@@ -4360,7 +4370,7 @@ class Socket:
 
     def lost(self) -> None:
         self.accepted = False
-        self.api.disconnected(self)
+        self.api.server.hub.clients.discard(self)
 
 
 Client = Socket
@@ -4408,81 +4418,75 @@ class Edge:
 # that knows, and shape the answer as both apps decode it: responses are supersets, and only the
 # endpoint (or the kind of the device's token) tells the generation.
 
-WORKSPACE_TEXTS = ("description", "icon", "systemPrompt", "hostMount", "defaultModel")
-WORKSPACE_FIELDS = (
-    "id name description icon skills runtime policyPreset allowedPaths allowedExecutables systemPrompt systemPromptMode "
-    "hostMount memoryEnabled memoryNamespace extensions defaultModel lastUsedModel gitStatusEnabled sandboxConfig "
-    "createdAt updatedAt"
-).split()
-CLEARABLE = (*WORKSPACE_TEXTS, "sandboxConfig")
+WORKSPACE_TYPES = {
+    "string": "name description icon runtime policyPreset systemPrompt systemPromptMode hostMount memoryNamespace defaultModel "
+    "lastUsedModel",
+    "bool": "memoryEnabled gitStatusEnabled",
+    "texts": "skills extensions allowedExecutables",
+    "object": "sandboxConfig",
+}
+KIND_TEXTS = {"string": "must be a string", "bool": "must be boolean", "texts": "must be an array", "object": "must be an object"}
+CLEARABLE = ("description", "icon", "systemPrompt", "hostMount", "defaultModel", "sandboxConfig")
+EXTENSION_NAME = r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}"
+WORKSPACE_CHOICES = (
+    ("runtime", ("host", "container", "sandbox"), 'runtime must be "host" or "container"'),
+    ("policyPreset", tuple(PRESETS), "policyPreset must be one of: container, host, host_standard, host_locked"),
+    ("systemPromptMode", ("append", "replace"), "systemPromptMode must be append or replace"),
+)
 SEEDS = (("general", "terminal", "A place for everyday work"), ("research", "magnifyingglass", "Reading and finding out"))
 MODEL_FIELDS = ("id", "name", "provider", "reasoning", "input", "contextWindow", "maxTokens")
 
 
-def _list_of_text(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 def check_workspace(body: Json, creating: bool) -> Json:
-    """The fields of a workspace body that are to be stored.  Raises BadRequest (http-api 3.3)."""
-
-    def refuse(bad: bool, text: str) -> None:
-        if bad:
+    """The fields of a workspace body that are to be stored; None clears one.  Raises BadRequest (http-api 3.3)."""
+    for name, text in (("name", "name required"), ("skills", "skills array required")):
+        value = body.get(name)
+        good = _is_text(value) if name == "name" else isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if (creating or name in body) and not good:
             raise BadRequest(text)
-
-    given = {k: v for k, v in body.items() if k in WORKSPACE_FIELDS and k not in ("id", "createdAt", "updatedAt")}
-    values = {k: v for k, v in given.items() if v is not None}
-    refuse(creating and not _is_text(values.get("name")) or "name" in given and not _is_text(given["name"]), "name required")
-    refuse(
-        creating and "skills" not in values or "skills" in given and not _list_of_text(given["skills"]), "skills array required"
-    )
+    for kind, names in WORKSPACE_TYPES.items():
+        for name in names.split():
+            if body.get(name) is not None and CHECKS[kind](Key(name, kind), body[name]):
+                raise BadRequest(f"{name} {KIND_TEXTS[kind]}")
+    values = typed(body, WORKSPACE_TYPES)
     known = {skill["name"] for skill in scan_skills(os.path.join(agent_dir(), "skills"))} if values.get("skills") else set()
-    unknown = [name for name in values.get("skills", []) if name not in known]
-    refuse(bool(unknown), f"Unknown skills: {', '.join(unknown)}")
-    refuse("extensions" in values and not _list_of_text(values["extensions"]), "extensions must be an array")
-    invalid = [n for n in values.get("extensions", []) if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", n.strip())]
-    refuse(bool(invalid), f"Invalid extension names: {', '.join(invalid)}")
-    runtime = values.get("runtime", "host")
-    for name in ("runtime", "policyPreset", "systemPromptMode", "memoryNamespace", "lastUsedModel"):
-        refuse(not isinstance(values.get(name, ""), str), f"{name} must be a string")
-    refuse(runtime not in ("host", "container", "sandbox"), 'runtime must be "host" or "container"')
-    refuse(
-        values.get("policyPreset", "host") not in PRESETS,
-        "policyPreset must be one of: container, host, host_standard, host_locked",
-    )
-    refuse(values.get("systemPromptMode", "append") not in ("append", "replace"), "systemPromptMode must be append or replace")
-    namespace = values.get("memoryNamespace", "a")
-    refuse(
-        not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", str(namespace)),
-        "memoryNamespace must match [a-zA-Z0-9][a-zA-Z0-9._-]{0,63}",
-    )
-    for name in WORKSPACE_TEXTS:
-        refuse(not isinstance(values.get(name, ""), str), f"{name} must be a string")
-    for name in ("memoryEnabled", "gitStatusEnabled"):
-        refuse(not isinstance(values.get(name, True), bool), f"{name} must be boolean")
-    refuse(not isinstance(values.get("sandboxConfig", {}), dict), "sandboxConfig must be an object")
-    refuse(not _list_of_text(values.get("allowedExecutables", [])), "allowedExecutables must be an array")
-    check_allowed_paths(values.get("allowedPaths", []), refuse)
+    if unknown := [name for name in values.get("skills", []) if name not in known]:
+        raise BadRequest(f"Unknown skills: {', '.join(unknown)}")
     if "extensions" in values:
         values["extensions"] = list(OrderedDict.fromkeys(name.strip() for name in values["extensions"]))
-    cleared = {k: None for k in CLEARABLE if k in given and given[k] is None and not creating}
-    return {**values, **cleared}
+    if invalid := [name for name in values.get("extensions", []) if not re.fullmatch(EXTENSION_NAME, name)]:
+        raise BadRequest(f"Invalid extension names: {', '.join(invalid)}")
+    for name, choices, text in WORKSPACE_CHOICES:
+        if values.get(name, choices[0]) not in choices:
+            raise BadRequest(text)
+    if not re.fullmatch(EXTENSION_NAME, values.get("memoryNamespace", "a")):
+        raise BadRequest(f"memoryNamespace must match {EXTENSION_NAME}")
+    if body.get("allowedPaths") is not None:
+        values["allowedPaths"] = check_allowed_paths(body["allowedPaths"])
+    return {**values, **{name: None for name in CLEARABLE if name in body and body[name] is None and not creating}}
 
 
-def check_allowed_paths(paths: Any, refuse: Callable[[bool, str], None]) -> None:
-    refuse(not isinstance(paths, list), "allowedPaths must be an array")
+def check_allowed_paths(paths: Any) -> list[Any]:
+    """The list, if it is a good one.  Raises BadRequest."""
+    if not isinstance(paths, list):
+        raise BadRequest("allowedPaths must be an array")
     for entry in paths:
-        refuse(not isinstance(entry, dict), "allowedPaths entries must be objects")
-        refuse(not _is_text(entry.get("path")), "allowedPaths entries require a non-empty path")
-        refuse(entry.get("access") not in ("read", "readwrite"), "allowedPaths access must be read or readwrite")
+        if not isinstance(entry, dict):
+            raise BadRequest("allowedPaths entries must be objects")
+        if not _is_text(entry.get("path")):
+            raise BadRequest("allowedPaths entries require a non-empty path")
+        if entry.get("access") not in ("read", "readwrite"):
+            raise BadRequest("allowedPaths access must be read or readwrite")
+    return paths
 
 
 def workspace_wire(record: Json, dialect: str, skills: set[str]) -> Json:
     """A workspace as the apps decode it; app 1.1 knows a container as `sandbox`."""
-    wire = {name: record[name] for name in WORKSPACE_FIELDS if record.get(name) is not None}
+    paths = arr(record.get("allowedPaths"))
+    wire = {"id": record["id"], "name": record["id"], "allowedPaths": paths, **typed(record, WORKSPACE_TYPES)}
     container = record.get("runtime") in ("container", "sandbox")
     wire["runtime"] = ("container" if dialect == "1.0" else "sandbox") if container else "host"
-    wire["skills"] = [s for s in record.get("skills") or [] if s in skills]
+    wire["skills"] = [s for s in wire.get("skills", []) if s in skills]
     if wire.get("systemPromptMode") not in ("append", "replace"):
         wire.pop("systemPromptMode", None)
     for name in ("createdAt", "updatedAt"):
@@ -4552,9 +4556,6 @@ class Api:
         """Whether a request needs no token."""
         return request.path == "/health" or request.method == "OPTIONS" or (request.method, request.path) == ("POST", "/pair")
 
-    def dialect_of(self, request: Request) -> str:
-        return self.server.dialect_of(self.admit(request))
-
     async def respond(self, request: Request) -> Reply:
         """The answer to a request; never raises."""
         try:
@@ -4565,10 +4566,7 @@ class Api:
             found = await self._route(request)
             return found if isinstance(found, Reply) else Reply(200, found)
         except Unauthorized as error:
-            log(
-                "auth",
-                f"401 {request.method} {request.path} — auth: {'present' if 'authorization' in request.headers else 'missing'}",
-            )
+            log_stranger(request)
             return Reply(401, {"error": str(error)})
         except OppiError as error:
             return Reply(error.status, {"error": str(error), **({"code": error.code} if error.code else {})})
@@ -4665,7 +4663,7 @@ class Api:
         """Register or remove a push token.  It is an address, never a credential."""
         body = request.json()
         token, live = body.get("deviceToken"), body.get("tokenType") == "liveactivity"
-        if not _is_text(token):
+        if not _is_text(token) or len(str(token)) > 512:
             if request.method == "DELETE":
                 return {"ok": True}
             raise BadRequest("deviceToken required")
@@ -4695,7 +4693,7 @@ class Api:
         return record
 
     def _workspace_wire(self, request: Request, record: Json) -> Json:
-        return workspace_wire(record, self.dialect_of(request), {skill["name"] for skill in self._skills()})
+        return workspace_wire(record, self.server.dialect_of(self.admit(request)), {skill["name"] for skill in self._skills()})
 
     async def workspaces(self, request: Request) -> Json:
         if not self.server.store.workspaces:
@@ -4703,7 +4701,7 @@ class Api:
                 self._add_workspace(
                     {"name": name, "icon": icon, "description": description, "skills": [], "policyPreset": "host_standard"}
                 )
-        skills, dialect = {skill["name"] for skill in self._skills()}, self.dialect_of(request)
+        skills, dialect = {skill["name"] for skill in self._skills()}, self.server.dialect_of(self.admit(request))
         records = sorted(self.server.store.workspaces.values(), key=lambda r: whole(r.get("createdAt")))
         return {"workspaces": [workspace_wire(record, dialect, skills) for record in records]}
 
@@ -4761,17 +4759,16 @@ class Api:
             recent = [r for r in records if r.get("status") != "stopped" or whole(r.get("lastActivity")) >= since]
         else:
             recent = records
-        return {
-            "sessions": self._sorted(recent),
-            "workspace": self._workspace_wire(request, workspace),
-            "totalCount": len(records),
-        }
+        shown = self._workspace_wire(request, workspace)
+        return {"sessions": self._sorted(recent), "workspace": shown, "totalCount": len(records)}
 
     async def create_session(self, request: Request, key: str) -> Reply:
         workspace, body = self.workspace(key), request.json()
         for name in ("name", "model", "prompt", "thinking", "parentSessionId"):
             if not isinstance(body.get(name, ""), str) and body.get(name) is not None:
                 raise BadRequest(f"{name} must be a string")
+        if re.search("[\x00-\x1f\ud800-\udfff]", f"{body.get('model')}{body.get('thinking')}"):
+            raise BadRequest("model and thinking must be plain text")
         if body.get("piSessionFile"):
             raise BadRequest("Importing a session file is not supported")
         images_of(body.get("images"))
@@ -4815,7 +4812,10 @@ class Api:
         raise NotFound("Tool output not found")
 
     async def events(self, request: Request, key: str, session_id: str) -> Json:
-        since = request.whole_number("since", 0, "since must be a non-negative integer")
+        since_text = request.query.get("since", "0")
+        if not re.fullmatch(r"\d{1,15}", since_text):
+            raise BadRequest("since must be a non-negative integer")
+        since = int(since_text)
         record = self.session(key, session_id)
         live = self.server.sessions.active.get(session_id)
         if live is None:
@@ -4901,12 +4901,8 @@ class Api:
 
     def _connected(self, record: Json) -> Json:
         session_id = record["id"]
-        return {
-            "type": "connected",
-            "session": session_wire(record),
-            "currentSeq": self.server.sessions.seq(session_id),
-            "sessionId": session_id,
-        }
+        frame = {"type": "connected", "session": session_wire(record), "sessionId": session_id}
+        return {**frame, "currentSeq": self.server.sessions.seq(session_id)}
 
     async def _begin(self, client: Socket) -> None:
         """Start the session of a per-session socket.  After a failure the socket stays open, so that
@@ -4917,7 +4913,7 @@ class Api:
             for pending in self.server.approvals.pending.values():
                 client.deliver(pending.wire)
             self._subscribe(client, live)
-        except (OppiError, OSError) as error:
+        except Exception as error:
             code = {"code": error.code} if isinstance(error, OppiError) and error.code else {}
             client.deliver({"type": "error", "error": str(error), "fatal": True, "sessionId": client.session_id, **code})
         client.ready.set()
@@ -4927,9 +4923,6 @@ class Api:
         client.subscriptions[live.id] = "full"
         for dialog in live.dialogs.values():
             client.deliver(dialog)
-
-    def disconnected(self, client: Socket) -> None:
-        self.server.hub.clients.discard(client)
 
     async def message(self, client: Socket, data: bytes) -> None:
         """Handle one message of a phone.  Whatever is wrong with it gets an answer."""
@@ -5046,8 +5039,9 @@ class Api:
             for event in events:
                 if level == "full" or event["type"] in NOTIFY:
                     client.deliver(event)
-        for wire in self.server.approvals.of_session(key):
-            client.deliver(wire)
+        for pending in self.server.approvals.pending.values():
+            if pending.session.id == key:
+                client.deliver(pending.wire)
         client.subscriptions[key] = level
         if live and level == "full":
             self._subscribe(client, live)
@@ -5075,7 +5069,10 @@ class Api:
             client.deliver({**message, "sessionId": session_id})
 
         if kind in ("stop", "abort", "stop_session"):
-            await self._stop(live, kind)
+            if live and kind == "stop_session":
+                await live.terminate()
+            elif live:
+                live.stop()
             if body.get("requestId"):
                 reply(result(kind, _request_of(body)))
         elif kind == "get_state":
@@ -5096,23 +5093,14 @@ class Api:
         else:
             await self._pass(live, body)
 
-    async def _stop(self, live: LiveSession | None, kind: str) -> None:
-        if live and kind == "stop_session":
-            await live.terminate()
-        elif live:
-            live.stop()
-
     async def _pass(self, live: LiveSession, body: Json) -> None:
         """Forward one of pi's own commands and tell every subscriber the result."""
         kind, request = body["type"], _request_of(body)
         try:
             data = await live.pi.request(self._pass_command(live, body), PASS[kind].limit_s)
-            after = PASS[kind].after
-            states = [STATE]
+            after, states = PASS[kind].after, cast("list[Json]", [])
             if after:
                 data, states = await getattr(self, after)(live, data, body)
-            else:
-                states = []
             answer = result(kind, request, data)
             if len(encode(answer)) > PHONE_LIMIT:
                 raise PiFailed(f"The answer to {kind} is too large for a phone")
@@ -5167,19 +5155,17 @@ class Api:
         live.set_model(model)
         name = live.record["model"]
         live.workspace["lastUsedModel"] = name
-        if live.workspace.get("id"):
+        if live.workspace.get("id") in self.server.store.workspaces:
             self.server.store.save_workspace(live.workspace)
         level = (self.server.settings["thinkingLevelByModel"] or {}).get(name)
         if level in THINKING_LEVELS and level != live.record.get("thinkingLevel"):
             await live.pi.request({"type": "set_thinking_level", "level": level})
-        live.adopt(await live.pi.request({"type": "get_state"}))
-        live.save()
+        await live.refresh()
         return ({**data, "model": safe_model(model)} if "model" in (data or {}) else safe_model(model)), [STATE]
 
     async def _after_thinking(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
         """The level pi really took: it lowers what the model cannot do without saying so."""
-        live.adopt(await live.pi.request({"type": "get_state"}))
-        live.save()
+        await live.refresh()
         level, model = live.record.get("thinkingLevel", "off"), live.record.get("model")
         known = self.server.settings["thinkingLevelByModel"] or {}
         if model and known.get(model) != level:
@@ -5255,17 +5241,18 @@ SWITCH_S = 0.0005  # how soon the loop gets the interpreter back from a thread t
 LAST_USED_MS = 3_600_000  # how stale a device's last use may be on disk
 
 
-def in_child(work: Callable[[], Any]) -> None:
-    """Do something once in a forked process, so that the packages it imports do not stay in memory."""
+def in_child(work: Callable[[], Any]) -> bool:
+    """Do something once in a forked process, so that the packages it imports do not stay in memory; whether it worked."""
     if pid := os.fork():
-        os.waitpid(pid, 0)
-        return
+        return os.waitpid(pid, 0)[1] == 0
+    code = 1
     try:
         work()
+        code = 0
     except Exception as error:
-        print(error, file=sys.stderr)
+        print(error, file=sys.stderr, flush=True)
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 class Server:
@@ -5301,8 +5288,8 @@ class Server:
                 "config.tls.mode: only `disabled` is supported so far. Set it with: oppi config set tls.mode disabled"
             )
         self.store.owner_token()
-        if not self.store.identity()[0]:
-            in_child(lambda: self.store.identity(create=True))
+        if not in_child(self.store.check_identity):
+            sys.exit(1)
         _, self.fingerprint = self.store.identity()
         self.store.load()
         self.reload()
@@ -5323,12 +5310,14 @@ class Server:
         for client in self.edge.sockets():
             if client.principal not in valid:
                 client.close(1008, "Access revoked")
-                client.connection.transport.close()  # at once: nothing it still sends is read
+                client.connection.transport.close()  # at once: nothing it still sends is read, nothing it sent goes on
+                for task in list(client.tasks):
+                    task.cancel()
 
     def principal(self, token: str) -> str:
         """Who presents a token, or "".  The first use of an app 1.0 invite makes its device here."""
         self.reload()
-        now = now_ms()
+        now, known_before = now_ms(), self.access.principals()
         found, changed = self.access.who(token, now)
         device = next((d for d in self.access.devices if d["id"] == found), None)
         stale = device is not None and now - whole(device.get("lastUsedAt")) > LAST_USED_MS
@@ -5345,7 +5334,8 @@ class Server:
                 self.reload()
             except (OSError, UsageError) as error:  # a full disk locks nobody out, but makes no new device either
                 log("auth", f"devices.json cannot be written: {error}")
-                found = "" if changed else found
+                self.stamp = ()  # forget what was only in memory
+                found = found if found in known_before else ""
         return found
 
     def redeem(self, pairing_token: str) -> str:
@@ -5497,8 +5487,8 @@ def label_of(host: str) -> str:
 
 def make_invites(store: Store, host: str, port: int, name: str | None, ttl_s: int) -> Json:
     """Fresh invites for both apps: {v3, v2, private data for the caller}; their secrets are stored hashed."""
-    private, print_ = store.identity(create=True)
-    store.check_identity(private)
+    store.check_identity()
+    private, print_ = store.identity()
     settings, now, label = store.settings(), now_ms(), (name or "").strip() or label_of(host)
     profile, age = settings["security.profile"], settings["invite.maxAgeSeconds"]
     pairing, pending = new_token("pt"), new_token("dt")
@@ -5535,8 +5525,12 @@ def qr_lines(text: str, color: bool) -> list[str]:
     return lines
 
 
+def at_terminal(stream: Any) -> bool:
+    return stream is not None and bool(stream.isatty())
+
+
 def use_color() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return at_terminal(sys.stdout) and "NO_COLOR" not in os.environ
 
 
 def print_invites(invites: Json, width: int) -> None:
@@ -5558,8 +5552,8 @@ def cmd_pair(args: argparse.Namespace) -> int:
     settings = store.settings()
     store.owner_token()
     host, kind = invite_host(args.host, settings["host"])
-    if not 0 < (port := args.port or settings["port"]) < 65536:
-        raise UsageError("config.port is 0, so the invite cannot name a port; give it with --port")
+    if not 0 < (port := settings["port"] if args.port is None else args.port) < 65536 or args.ttl < 1:
+        raise UsageError("An invite needs a port from 1 to 65535 and a ttl of at least 1 second; give them with --port and --ttl")
     invites = make_invites(store, host, port, args.name, args.ttl)
     v3, v2 = invites["v3"], invites["v2"]
     if args.json:
@@ -5568,7 +5562,7 @@ def cmd_pair(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return 0
     print(f"  Pair with {v3['name']} at {host}:{port} ({kind})\n  Fingerprint {v3['fingerprint']}")
-    print_invites(invites, shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0)
+    print_invites(invites, shutil.get_terminal_size((0, 0)).columns if at_terminal(sys.stdout) else 0)
     return 0
 
 
@@ -5641,22 +5635,12 @@ def running_pid(root: str) -> int:
 def cmd_status(args: argparse.Namespace) -> int:
     store = Store(data_dir(args))
     settings, access, names = store.settings(), store.read_access(), host_names()
-    sessions = (
-        len([n for n in os.listdir(store.path("sessions")) if n.endswith(".json")])
-        if os.path.isdir(store.path("sessions"))
-        else 0
-    )
+    folder = store.path("sessions")
+    sessions = len([n for n in os.listdir(folder) if n.endswith(".json")]) if os.path.isdir(folder) else 0
     pid = running_pid(store.root)
-    facts: Json = {
-        "port": settings["port"],
-        "host": settings["host"],
-        "dataDir": store.root,
-        "running": bool(pid),
-        "pid": pid or None,
-    }
-    facts.update(
-        names, devices=len(access.devices) + len(access.moved), sessions=sessions, fingerprint=settings["identity.fingerprint"]
-    )
+    facts: Json = {"dataDir": store.root, "running": bool(pid), "pid": pid or None, "sessions": sessions, **names}
+    facts.update(port=settings["port"], host=settings["host"], fingerprint=settings["identity.fingerprint"])
+    facts["devices"] = len(access.devices) + len(access.moved)
     tailnet = names["tailscaleName"] or names["tailscaleIp"] or "not connected"
     lines = [
         "Server Configuration",
@@ -5711,7 +5695,7 @@ def list_devices(store: Store, args: argparse.Namespace) -> int:
     rows += [{"id": "moved:" + key[-12:], "name": "paired with the original", "kind": "moved"} for key in access.moved]
 
     def when(ms: Any) -> str:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(ms / 1000)) if ms else "-"
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(whole(ms) / 1000)) if whole(ms) else "-"
 
     lines = [f"{r['id']:<20} {when(r.get('lastUsedAt')):<17} {KINDS.get(str(r['kind']), ''):<8} {r['name']}" for r in rows]
     show(args, {"devices": rows}, lines or ["No devices. Pair a phone with: oppi pair"])
@@ -5723,7 +5707,7 @@ def add_device(store: Store, args: argparse.Namespace) -> int:
         raise UsageError("Usage: oppi devices add NAME")
     token = new_token("dt")
     device: Json = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
-    lines = [token] if not sys.stdout.isatty() else [f"Token of {args.name}, shown only now:", f"  {token}"]
+    lines = [token] if not at_terminal(sys.stdout) else [f"Token of {args.name}, shown only now:", f"  {token}"]
     show(args, {"id": device["id"], "name": args.name, "token": token}, lines)
     return 0
 
@@ -5738,12 +5722,8 @@ def revoke_device(store: Store, args: argparse.Namespace) -> int:
         store.change_config(lambda raw: raw.update(authDeviceTokens=[t for t in raw["authDeviceTokens"] if t not in tokens]))
     if not gone and not tokens:
         raise UsageError(f"No device named {args.name}")
-    count = len(gone) + len(tokens)
-    show(
-        args,
-        {"revoked": gone or [args.name]},
-        [f"Revoked {count} device{'s' if count > 1 else ''}; connected ones are cut off within a second"],
-    )
+    text = f"Revoked {len(gone) + len(tokens)} device(s); connected ones are cut off within a second"
+    show(args, {"revoked": gone or [args.name]}, [text])
     return 0
 
 
@@ -5766,11 +5746,7 @@ def config_get(store: Store, args: argparse.Namespace) -> int:
         node = node.get(name) if isinstance(node, dict) else None
     if node is None:
         raise UsageError(f"Unknown key: {args.key}")
-    print(
-        json.dumps(node, indent=2, ensure_ascii=False)
-        if args.json or not isinstance(node, (str, int, float)) or isinstance(node, bool)
-        else node
-    )
+    print(node if isinstance(node, str) and not args.json else json.dumps(node, indent=2, ensure_ascii=False))
     return 0
 
 
@@ -5780,7 +5756,15 @@ def config_set(store: Store, args: argparse.Namespace) -> int:
         raise UsageError("Usage: oppi config set KEY VALUE\n" + "\n".join(rows))
     key, value = args.key, parse_setting(args.key, args.value)
     store.settings()
-    store.change_config(lambda raw: put_path(raw, key, value))
+
+    def change(raw: Json) -> None:
+        before = config_errors(raw)
+        for path, item in ((f"{key}.{name}", value[name]) for name in value) if key in SECTIONS else ((key, value),):
+            put_path(raw, path, item)
+        if new := [error for error in config_errors(raw) if error not in before]:
+            raise UsageError(new[0])
+
+    store.change_config(change)
     show(args, {key: value}, [f"✓ {key} = {value if isinstance(value, str) else dumps(value)}"])
     return 0
 
@@ -5810,11 +5794,8 @@ def cmd_env(args: argparse.Namespace) -> int:
     entries = path_entries(store.settings(), values)
     others = sorted(name for name in values if name != "PATH")
     lines = [f"Env file: {path if os.path.exists(path) else 'none'}", *(f"  {origin:<11} {entry}" for entry, origin in entries)]
-    facts = {
-        "file": path if os.path.exists(path) else None,
-        "path": [{"entry": e, "from": o} for e, o in entries],
-        "overrides": others,
-    }
+    facts: Json = {"file": path if os.path.exists(path) else None, "overrides": others}
+    facts["path"] = [{"entry": entry, "from": origin} for entry, origin in entries]
     show(args, facts, [*lines, *(f"Override: {name}" for name in others)])
     return 0
 
@@ -5835,8 +5816,9 @@ def env_init(store: Store, args: argparse.Namespace) -> int:
 
 
 def ask_line(question: str, default: str) -> str:
+    print(f"  {question} [{default}]: ", end="", file=sys.stderr, flush=True)
     try:
-        return input(f"  {question} [{default}]: ").strip() or default
+        return input().strip() or default
     except EOFError:
         return default
 
@@ -5848,13 +5830,13 @@ def lenient_int(text: str, default: int) -> int:
 
 def cmd_init(args: argparse.Namespace) -> int:
     store = Store(data_dir(args))
-    path, talk = store.path("config.json"), not args.yes and sys.stdin.isatty()
+    path, talk = store.path("config.json"), not args.yes and at_terminal(sys.stdin)
     if os.path.exists(path) and not args.force:
         if not talk:
             raise UsageError(f"{path} exists; use --force to set it up again")
         if ask_line(f"{path} exists. Continue anyway? (y/N)", "n").lower() != "y":
             return 0
-    settings = store.settings()
+    settings = Settings(store.read_config())  # nothing is written before all answers are good
     answers = {
         "port": args.port or str(settings["port"]),
         "defaultModel": args.model or settings["defaultModel"],
@@ -5862,7 +5844,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     }
     if talk:
         answers["port"] = ask_line("Port", answers["port"])
-        print(f"  Popular models: {', '.join(POPULAR)}")
+        print(f"  Popular models: {', '.join(POPULAR)}", file=sys.stderr)
         answers["defaultModel"] = ask_line("Default model", answers["defaultModel"])
         answers["maxSessionsGlobal"] = ask_line("Max concurrent sessions", answers["maxSessionsGlobal"])
     values: Json = {name: lenient_int(answers[name], KEY_BY_PATH[name].default) for name in ("port", "maxSessionsGlobal")}
@@ -5870,6 +5852,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     for name, value in values.items():
         if problem := CHECKS[KEY_BY_PATH[name].kind](KEY_BY_PATH[name], value):
             raise UsageError(f"config.{name}: {problem}")
+    store.settings()
     store.change_config(lambda raw: raw.update(values))
     store.owner_token()
     _, print_ = store.identity(create=True)
@@ -5935,9 +5918,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"{self.prog}: {message}")
 
     parsing.ArgumentParser.error = fail  # type: ignore[method-assign, assignment]  # exit 1, one line
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an old terminal shows what it can
     try:
-        args = build_parser().parse_args(argv)
-        return int((getattr(args, "run", None) or cmd_help)(args))
+        try:
+            args = build_parser().parse_args(argv)
+            code = int((getattr(args, "run", None) or cmd_help)(args))
+        except SystemExit as done:  # of argparse, for --help and --version
+            code = int(done.code or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except (UsageError, ImportError) as error:
         advice = f". Install it with: {sys.executable} -m pip install websockets cryptography qrcode"
         print(str(error) + (advice if isinstance(error, ImportError) else ""), file=sys.stderr)
@@ -5947,6 +5939,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read the output has gone
     except OSError as error:
         print(f"{error.filename or 'oppi'}: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written is not tried again
     return 1
 
 

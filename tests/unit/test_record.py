@@ -103,7 +103,7 @@ CHANGES: list[tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]] = [
 def test_what_edits_count(calls: list[tuple[str, dict[str, Any]]], wanted: dict[str, Any]) -> None:
     record: dict[str, Any] = {}
     for tool, args in calls:
-        oppi.count_change(record, tool, args, "/w")
+        oppi.count_change(record, {"toolName": tool, "args": args}, "/w")
     stats = record["changeStats"]
     assert {name: stats[name] for name in wanted} == wanted
     assert {"mutatingToolCalls", "filesChanged", "changedFiles", "addedLines", "removedLines"} <= set(stats)
@@ -114,13 +114,13 @@ def test_what_edits_count(calls: list[tuple[str, dict[str, Any]]], wanted: dict[
 )
 def test_what_changes_nothing(tool: str, args: dict[str, Any]) -> None:
     record: dict[str, Any] = {}
-    oppi.count_change(record, tool, args, "/w")
+    oppi.count_change(record, {"toolName": tool, "args": args}, "/w")
     assert record == {}
 
 
 def test_a_hundred_files_are_named_and_the_rest_is_a_number() -> None:
     record: dict[str, Any] = {}
     for number in range(103):
-        oppi.count_change(record, "write", {"path": str(number), "content": "x"}, "/w")
+        oppi.count_change(record, {"toolName": "write", "args": {"path": str(number), "content": "x"}}, "/w")
     stats = record["changeStats"]
     assert (len(stats["changedFiles"]), stats["changedFilesOverflow"], stats["filesChanged"]) == (100, 3, 103)

@@ -167,6 +167,14 @@ class Terminal:
         self.sees(f"{question}: ")
         self.type(text + "\n")
 
+    def interrupt(self) -> None:
+        """Ctrl+C, and again if the first one came between the question and the waiting for an answer."""
+        for _ in range(10):
+            self.type("\x03")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2)
+                return
+
     def ends(self) -> tuple[int, str]:
         """(exit code, what it showed since the last question)."""
         deadline = time.monotonic() + 20
@@ -525,13 +533,24 @@ class TestInit:
             assert shown.ends()[0] == 0
         assert (oppi.config["port"], oppi.token) == (7808, token)
 
+    def test_a_refused_one_leaves_nothing_behind(self, oppi: Shell) -> None:
+        oppi.refuses("init", "--yes", "--port", "70000")
+        oppi("init", "--yes", "--port", "7000")
 
-    def test_ctrl_c_is_no_traceback(self, oppi: Shell) -> None:
+    def test_ctrl_c_is_no_traceback_and_sets_nothing_up(self, oppi: Shell) -> None:
         with terminal(oppi, "init") as shown:
             shown.sees("Port [7749]: ")
-            shown.type("\x03")
+            shown.interrupt()
             code, text = shown.ends()
         assert code not in (0, None) and "Traceback" not in text
+        assert "config.json" not in tree(oppi.data)
+
+    def test_json_asks_no_questions_on_stdout(self, oppi: Shell) -> None:
+        out = oppi.server.folder / "out.json"
+        with open(out, "w") as file, terminal(oppi, "init", "--json", stdout=file) as shown:
+            shown.type("\n" * 3)
+            assert shown.ends()[0] == 0
+        assert json.loads(out.read_text())["port"] == 7749
 
 
 class TestServe:
@@ -691,10 +710,6 @@ class TestPair:
         invite = parse_invite_v2(oppi.facts("pair", "--host", "h")["inviteURLv2"])
         assert invite.envelope["exp"] - invite.envelope["iat"] == 30
 
-    @pytest.mark.parametrize("port", ["-1", "65536"])
-    def test_a_port_that_no_phone_can_use_is_refused(self, oppi: Shell, port: str) -> None:
-        assert "port" in oppi.refuses("pair", "--host", "h", "--port", port)
-
     def test_a_port_that_is_not_known_is_asked_for(self, oppi: Shell) -> None:
         oppi("config", "set", "port", "0")
         assert "--port" in oppi.refuses("pair", "--host", "h")
@@ -716,6 +731,14 @@ class TestPair:
         for words in (("pair", "--host", "h"), ("serve", "--port", "0"), ("init", "--force", "--yes")):
             assert "identity_ed25519" in oppi.refuses(*words)
         assert not (oppi.data / "identity_ed25519").exists()
+
+    @pytest.mark.parametrize("ttl", ["0", "-5"])
+    def test_a_code_that_is_dead_from_the_start_is_refused(self, oppi: Shell, ttl: str) -> None:
+        assert "ttl" in oppi.refuses("pair", "--host", "h", "--ttl", ttl)
+
+    @pytest.mark.parametrize("port", ["0", "-1", "65536"])
+    def test_a_port_that_no_phone_can_use_is_refused(self, oppi: Shell, port: str) -> None:
+        assert "port" in oppi.refuses("pair", "--host", "h", "--port", port)
 
 
 class TestStatus:
@@ -790,6 +813,20 @@ class TestDevices:
         assert "devices.json" in one_line(done.stderr)
         (aside,) = oppi.data.glob("devices.json.unreadable-*")
         assert aside.read_text() == '{"devices": ['
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            '{"devices": "x"}', '{"devices": {"a": 1}}', '{"devices": [7, {"hash": "x"}]}', '{"invites": [{"hash": "x"}]}',
+            '{"invites": 7}', '{"devices": [{"hash": 5, "id": "i", "name": "n", "createdAt": "x", "lastUsedAt": []}]}',
+        ],
+    )  # fmt: skip
+    def test_a_damaged_list_of_devices_stops_nothing(self, oppi: Shell, content: str) -> None:
+        oppi("init", "--yes")
+        for words in (("status",), ("devices",), ("devices", "add", "x"), ("devices", "revoke", "x"), ("pair", "--host", "h")):
+            (oppi.data / "devices.json").write_text(content)
+            done = oppi.run(*words)
+            assert "Traceback" not in done.stderr and done.returncode in (0, 1), done.stderr
 
 
 class TestToken:
@@ -1012,14 +1049,6 @@ class TestOutput:
             assert running.token not in said and device not in said and "sk_" not in said and "dt_" not in said, words
         assert running.run("token", "rotate").stdout.count("sk_") == 0
 
-    def test_a_reader_that_leaves_is_no_reason_to_complain(self, oppi: Shell) -> None:
-        """`oppi config show | head -1`, when head is faster."""
-        reader, writer = os.pipe()
-        os.close(reader)
-        done = plain(oppi, "config", "show", stdout=writer, PYTHONUNBUFFERED="1")
-        os.close(writer)
-        assert (done.returncode, done.stderr) == (1, "")
-
     def test_a_name_that_is_no_text_is_no_reason_to_break(self, oppi: Shell) -> None:
         odd = "a\udcff"
         env = {"PYTHONIOENCODING": "utf-8:strict"}
@@ -1036,6 +1065,38 @@ class TestOutput:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             print(f"oppi {' '.join(words)}: {used:.3f} s of CPU")
+
+    @pytest.mark.parametrize("words", [(), ("--version",), ("status", "--help"), ("status",), ("config", "show")], ids=" ".join)
+    def test_a_reader_that_leaves_is_no_reason_to_complain(self, oppi: Shell, words: tuple[str, ...]) -> None:
+        """`oppi config show | head -1`, when head is faster."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = plain(oppi, *words, stdout=writer)
+        os.close(writer)
+        assert done.stderr == ""
+
+    def test_a_full_disk_is_one_line(self, oppi: Shell) -> None:
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full here")
+        for words in (("help",), ("config", "show"), ("status", "--json")):
+            with open("/dev/full", "w") as full:
+                done = plain(oppi, *words, stdout=full)
+            assert done.returncode == 1
+            one_line(done.stderr)
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+    def test_an_old_terminal_gets_what_it_can_show(self, oppi: Shell, encoding: str) -> None:
+        env = {"PYTHONIOENCODING": encoding}
+        for words in (("init", "--yes"), ("config", "set", "port", "7814"), ("pair", "Anna's Mac", "--host", "h"), ("devices",)):
+            oppi(*words, env=env)
+
+    @pytest.mark.parametrize("closed", [0, 1, 2])
+    def test_a_closed_stream_is_no_reason_to_break(self, oppi: Shell, closed: int) -> None:
+        for words in (("init", "--yes"), ("status",), ("devices", "add", "x"), ("pair", "--host", "h"), ("env", "init")):
+            command = ["sh", "-c", f'exec "$0" "$@" {closed}{"<" if closed == 0 else ">"}&-', *oppi.server.command(*words)]
+            env = {**oppi.server.env, "OPPI_DATA_DIR": str(oppi.data)}
+            done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), words
 
 
 def plain(shell: Shell, *words: str, stdout: Any, **more: str) -> subprocess.CompletedProcess[str]:

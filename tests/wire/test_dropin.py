@@ -135,8 +135,14 @@ class TestIdentity:
         assert not (copy.data / "identity_ed25519").exists() and stored(copy, "config.json") == CONFIG
 
 
-    def test_a_public_half_that_is_none_is_refused(self, copy: Server) -> None:
-        (copy.data / "identity_ed25519.pub").write_text("-----BEGIN NOTHING-----\n")
+    def test_a_foreign_public_half_is_refused(self, copy: Server) -> None:
+        other = json.loads((FIXTURES / "invites.json").read_text("utf-8"))["v2"][1]["identity"]
+        (copy.data / "identity_ed25519.pub").write_text(other["publicKeyPem"])
+        assert "identity_ed25519.pub" in refused_start(copy)
+        assert stored(copy, "config.json") == CONFIG
+
+    def test_a_key_that_is_none_is_refused(self, copy: Server) -> None:
+        (copy.data / "identity_ed25519").write_text("-----BEGIN NOTHING-----\n")
         assert "identity_ed25519" in refused_start(copy)
         assert stored(copy, "config.json") == CONFIG
 
@@ -242,6 +248,15 @@ class TestSettings:
         assert Phone(copy.base_url, OWNER).me()
         assert (copy.data / "config.json").read_bytes() == before
 
+    def test_setting_a_section_keeps_the_rest_of_it(self, copy: Server) -> None:
+        assert copy.cli("config", "set", "security", '{"profile": "strict"}').returncode == 0
+        assert stored(copy, "config.json")["security"] == {**CONFIG["security"], "profile": "strict"}
+
+    def test_what_set_accepts_is_valid(self, copy: Server) -> None:
+        before = stored(copy, "config.json")
+        done = copy.cli("config", "set", "tls.mode", "manual")
+        assert done.returncode == 1 and stored(copy, "config.json") == before
+
 
 class TestRecords:
     def test_every_session_is_listed(self, taken: Rig) -> None:
@@ -331,33 +346,52 @@ class TestRecords:
         own.server.restart()
         assert {s["id"] for s in own.phone("1.1").sessions()} == {*NEWEST_FIRST, session["id"]}
 
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            {"changeStats": {}}, {"changeStats": {"changedFiles": None, "filesChanged": 1.5}}, {"contextTokens": 1.5},
+            {"name": 7}, {"lastMessage": {"text": "x"}}, {"model": ["x"]}, {"thinkingLevel": "max"}, {"cost": "free"},
+            {"cost": True},
+            {"tokens": None}, {"messageCount": "3"}, {"status": "paused"}, {"lastActivity": None}, {"createdAt": 1.5e12 + 0.5},
+            {"workspaceName": 3}, {"runtime": 3},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_one_odd_session_does_not_empty_the_list(self, odd: Any) -> None:
+        with Server(start=False) as server:
+            copy_original(server)
+            path = server.data / "sessions" / "S1aB2cD3.json"
+            content = json.loads(path.read_text("utf-8"))
+            content["session"].update(odd)
+            path.write_text(json.dumps(content))
+            server.start()
+            for generation in ("1.0", "1.1"):
+                assert "-S2_kL9x" in [s["id"] for s in Phone(server.base_url, OWNER, generation).sessions("W1general")]
 
     @pytest.mark.parametrize(
         "odd",
         [
-            {"thinkingLevel": "max"}, {"cost": "free"}, {"tokens": None}, {"messageCount": "3"}, {"status": "paused"},
-            {"lastActivity": None}, {"createdAt": 1.5e12 + 0.5}, {"name": None}, {"changeStats": None},
+            {"name": None}, {"skills": None}, {"skills": "searxng"}, {"skills": 5}, {"icon": 5}, {"createdAt": "today"},
+            {"runtime": "vm"}, {"runtime": None}, {"extensions": "memory"}, {"systemPromptMode": "x"}, {"policyPreset": 5},
+            {"memoryEnabled": "yes"}, {"sandboxConfig": []},
         ],
         ids=str,
     )  # fmt: skip
-    def test_one_odd_session_does_not_empty_the_list(self, copy: Server, odd: Any) -> None:
-        path = copy.data / "sessions" / "S1aB2cD3.json"
-        content = json.loads(path.read_text("utf-8"))
-        content["session"].update(odd)
-        path.write_text(json.dumps(content))
-        copy.start()
-        for generation in ("1.0", "1.1"):
-            assert len(Phone(copy.base_url, OWNER, generation).sessions("W1general")) == 4
+    def test_one_odd_workspace_does_not_empty_the_list(self, odd: Any) -> None:
+        with Server(start=False) as server:
+            copy_original(server)
+            path = server.data / "workspaces" / "W3oldest.json"
+            path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **odd}))
+            server.start()
+            for generation in ("1.0", "1.1"):
+                found = [w["id"] for w in Phone(server.base_url, OWNER, generation).workspaces()]
+                assert {"W1general", "-boxed_1", "W3oldest"} == set(found)
 
-    @pytest.mark.parametrize(
-        "odd", [{"skills": None}, {"createdAt": "today"}, {"runtime": "vm"}, {"runtime": None}, {"systemPromptMode": 5}], ids=str
-    )
-    def test_one_odd_workspace_does_not_empty_the_list(self, copy: Server, odd: Any) -> None:
-        path = copy.data / "workspaces" / "W3oldest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **odd}))
+    @pytest.mark.parametrize("folder", ["sessions", "workspaces"])
+    def test_a_folder_where_a_file_should_be_keeps_nobody_out(self, copy: Server, folder: str) -> None:
+        (copy.data / folder / "Xfolder0.json").mkdir()
         copy.start()
-        for generation in ("1.0", "1.1"):
-            assert len(Phone(copy.base_url, OWNER, generation).workspaces()) == 3
+        assert len(Phone(copy.base_url, OWNER).sessions()) == len(NEWEST_FIRST)
 
 
 class TestRules:
