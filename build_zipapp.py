@@ -173,10 +173,25 @@ def prepare(archive, build, target):
     return folder
 
 
+def compiled(path):
+    # type: (str) -> bool
+    """Whether the module has been compiled; if not, does it, and says no only if that worked."""
+    import importlib.util
+    import py_compile
+
+    cached = importlib.util.cache_from_source(path)
+    if os.path.exists(cached):
+        return True
+    py_compile.compile(path, cfile=cached)
+    return not os.path.exists(cached)
+
+
 def bootstrap(archive, build, targets, supported):
     # type: (str, str, dict[str, Target], str) -> int
     """Runs oppi from its private folder, which takes the archive's place on sys.path; sys.argv stays as it is."""
     folder = prepare(archive, build, choose_target(targets, supported))
+    if sys.argv[1:2] == ["serve"] and not compiled(os.path.join(folder, "oppi.py")):
+        os.execv(sys.executable, [sys.executable, archive] + sys.argv[1:])  # gives back what that cost (15 MB)
     sys.path[0] = folder
     sys.dont_write_bytecode = False  # the folder is ours alone, and compiling costs more than everything else
     import oppi
@@ -194,6 +209,7 @@ BOOTSTRAP = (
     publish,
     unpack,
     prepare,
+    compiled,
     bootstrap,
 )
 

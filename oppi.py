@@ -49,7 +49,12 @@ Map: 1 errors and small tools, 2 settings, 3 identity, 4 shell grammar, 5 policy
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
+import math
+import posixpath
 import re
 import sys
 import time
@@ -57,7 +62,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 __version__ = "0.1.0"
 
@@ -576,9 +581,15 @@ class Access:
 
     def add(self, name: str, token: str, kind: str, now: int) -> Json:
         """Make a device that is known by `token`."""
-        device = {"id": new_id(), "name": name, "kind": kind, "hash": token_hash(token), "createdAt": now, "lastUsedAt": now}
+        device = {"id": new_id(), "name": name, "kind": kind, "hash": token_hash(token), "createdAt": now}
+        device.update(name=self._unused(name), lastUsedAt=0 if kind == "script" else now)
         self.devices.append(device)
         return device
+
+    def _unused(self, name: str) -> str:
+        """`name`, with a number if a device has it already: devices are revoked by name."""
+        names = {device["name"] for device in self.devices}
+        return next(found for n in itertools.count(1) for found in [f"{name} ({n})" if n > 1 else name] if found not in names)
 
     def who(self, token: str, now: int) -> tuple[str, bool]:
         """(id of the principal that presents `token` or "", whether the state changed).
@@ -664,91 +675,695 @@ class PairingLimit:
 
 
 # ════════════════════════════════════ 4. Shell grammar ═══════════════════════════════════
-# Recognise a bash command, or say that it is not recognised.  Never best effort: whatever is not
-# certain to mean the same to bash as it does here (expansions, substitutions, globs, keywords,
-# groups, background jobs, heredocs, assignments, escapes) gives None, and None is never allowed
-# without a person's answer.
+# Recognise a bash command, or say that it is not recognised.  Never best effort: `parse_shell`
+# returns every simple command that bash can reach from the text (in branches, loops, functions,
+# subshells, substitutions, heredocs) with the words bash makes of it, or None.  Which branch runs
+# is never decided here.  What only bash can know, when it runs, is a mark inside a word:
+#     \0NAME\0  the value of a variable, one word       (NAME is # for a number, empty for any text)
+#     \1NAME\0  the same outside of quotes: any number of words
+#     \2        a glob: any text without a slash
+# A text with control characters of its own is not recognised, so a mark is never forged.
+
+STEP_LIMIT = 3_000  # pieces of words and commands; more are not recognised
+TEXT_LIMIT = 200_000  # characters
+NEST_LIMIT = 30  # levels of substitutions, groups and control structures
+BRACE_LIMIT = 8  # pairs of braces in a word
+ANY, ANY_WORDS, NUMBER, GLOB = "\0\0", "\1\0", "\0#\0", "\2"
+MARK = re.compile("([\0\1])([A-Za-z0-9_#]*)\0|\2")
+FOREIGN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+NAME = "[A-Za-z_][A-Za-z0-9_]*"
+BRACED_NAME = re.compile(rf"\${NAME}[{{,}}]|\$[,}}]|\$\$\{{")  # `$a{b,c}` is `$ab $ac`: braces come before variables
+SPECIAL = {"{": "\3", ",": "\4", "}": "\5", "~": "\6", "[": "\7", "*": GLOB, "?": GLOB}
+ANSI_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+PIECE = re.compile(
+    r"(?P<plain>[A-Za-z0-9_@%+=:./^!\]#-]+)"
+    r"|(?P<range>\{-?(?:0|[1-9][0-9]{0,3})\.\.-?(?:0|[1-9][0-9]{0,3})\})"
+    r"|(?P<special>[{},\[*?])"
+    r"|(?P<tilde>~)"
+    r"|(?P<letters>[^\x00-\x7f]+)"
+    r"|'(?P<single>[^']*)'"
+    r"|\$'(?P<ansi>(?:[^'\\]|\\[\s\S])*)'"
+    r"|\\(?P<escape>[!-~ ])"
+    r'|(?P<double>")'
+    r"|(?P<process>[<>]\()"
+    r"|(?P<joined>\\\n)"
+    r"|(?P<expansion>[$`])"
+)
+PLAIN_WORD = re.compile(r"[A-Za-z0-9_@%+=:./^!\]#-]*[A-Za-z_@%+=:./^!\]#-][A-Za-z0-9_@%+=:./^!\]#-]*(?=[\s;|&()]|[<>](?!\()|$)")
+QUOTED = re.compile(r"""(?P<plain>(?:[^"\\$`]|\\[^"\\$`\n])+)|\\(?P<escape>["\\$`])|(?P<expansion>[$`])""")
+VARIABLE = re.compile(rf"\$(?:({NAME})(?![A-Za-z0-9_]|\\\n)|\{{({NAME})\}})")
+COUNTED = re.compile(rf"\$(?:[#?$]|\{{#{NAME}(?:\[[@*]\])?\}})")
+COMPUTED = re.compile(
+    rf"\$(?:[0-9@*!-]|\{{(?:[0-9]+|[@*]|(?P<name>{NAME})(?:\[(?:[@*]|[0-9]+)\]|:[0-9]+(?::[0-9]+)?"
+    rf"|(?::?[-+]|%%?|##?|//?|\^\^?|,,?)[A-Za-z0-9_@%+=:,./^ *?-]*))\}})"
+)
+OWN_VARIABLES = re.compile(
+    r"BASH\w*|_|REPLY|OPT\w+|S?RANDOM|SECONDS|FUNCNAME|DIRSTACK|LINENO|IFS|PS[0-9]|(OLD)?PWD|MAPFILE|EPOCH\w+|"
+    r"GROUPS|E?UID|PPID|HIST\w+|PIPESTATUS|COPROC|SHELLOPTS"
+)
+DOLLAR = re.compile(r"[\s;|&)%=+:,./]|$")  # what may follow a dollar sign that is only itself
+ARITHMETIC = re.compile(
+    rf"\(\(((?:\$?{NAME}(?![A-Za-z0-9_$])|[0-9]+(?![A-Za-z0-9_$#])|[ \t\n+\-*/%<>=!&|?:,;])*)\)\)"
+)
+BACKTICKS = re.compile(r"([^`\\]*)`")
+ASSIGNMENT = re.compile(rf"({NAME})(\+?)=")
+SUBSCRIPT = re.compile(rf"{NAME}\[")
+# A line that is continued elsewhere joins what is around it.
+BLANK = re.compile(r"(?:[ \t]|(?:(?<=[ \t\n|])|(?<=&&))\\\n|(?<=;)\\\n(?![;&\\]))*(?:#[^\n]*)?")
+KEYWORD = re.compile(
+    r"(?:if|then|elif|else|fi|while|until|do|done|for|case|esac|in|select|function|coproc|time|\[\[|\]\]|[{}!])(?=[\s;&|()<>]|$)"
+    r"|\(\(?"
+)
+PREFIX = re.compile(r"!(?=[ \t])|time(?:[ \t]+-p)?(?=[ \t]+[^\s-])")
+FUNCTION = re.compile(r"([A-Za-z_.:][A-Za-z0-9_.:-]*)[ \t]*\([ \t]*\)[ \t\n]*(?=\{[ \t\n]|\()")
+FOR = re.compile(rf"({NAME})(?:[ \t\n]+(in)(?=[ \t\n;]))?")
+AND_OR = re.compile(r"&&|\|\|")
+PIPE = re.compile(r"\|&?(?!\|)")
+JOINED = re.compile(r"[|&](?![|&])")
+SEPARATOR = re.compile(r";(?![;&])|&(?!&)")
+REDIRECT = re.compile(r"&>>?|[0-9]{0,3}(<<<|<<-?|<>|<&|>&|>>|>\||<(?!\()|>(?!\())")
+DESCRIPTOR = re.compile(r"[ \t]*(?:[0-9]+-?|-)(?=[\s;&|()<>]|$)")
+DELIMITER = re.compile(r"""[ \t]*(?:(['"])([A-Za-z0-9_.-]+)\1|(\\?)([A-Za-z0-9_.-]+))(?=[\s;&|<>)]|$)""")
+TEST_OPERATOR = re.compile(r"(==|!=|=~|=|<|>|-(?:eq|ne|lt|le|gt|ge|nt|ot|ef))(?=[ \t])")
+COMPARISON = frozenset("-eq -ne -lt -le -gt -ge".split())
+DECLARATIONS = frozenset("export declare local readonly typeset".split())
+SIMPLE_SETTERS = DECLARATIONS | {"read", "unset"}
+SETTERS = SIMPLE_SETTERS | frozenset("let mapfile readarray getopts wait shift".split())
+TESTS = COMPARISON | frozenset("= == != < > -a -o -nt -ot -ef ] )".split())
+STANDARD_STREAMS = ("/dev/null", "/dev/stdout", "/dev/stderr", "/dev/tty")
 
 
 class Command(NamedTuple):
-    """One simple command: its words without quotes, the files it is redirected to and from."""
+    """One simple command that may run.  `words` is empty for a mere assignment or redirection."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
-    joint: str = "\n"  # the operator before it
+    sets: tuple[tuple[str, str], ...] = ()  # the assignments before its program, or instead of one
+    fed: bool = False  # its input is what another command prints, or text of the script
+    within: tuple[str, ...] = ()  # the functions and loops it is part of
+    text: str = ""  # the literal heredoc that it reads
+    then: bool = False  # whatever stands behind it runs only if it worked
+    redirects: int = 0
+    source: str = ""  # as it was written
 
 
-STANDARD_STREAMS = ("/dev/null", "/dev/stdout", "/dev/stderr")
-COMMAND_LIMIT = 10_000  # characters; longer is not recognised
-SHELL_TOKEN = (
-    r"(?P<space>[ \t]+)"
-    r"|(?P<operator>&&|\|\||;|\n|\|(?!&))"
-    r"|(?P<duplicate>[12]?>&[12](?![\w]))"
-    r"|(?P<write>[12]?>>?(?![&|]))"
-    r"|(?P<read><(?![<(&>]))"
-    r"""|(?P<word>(?:[A-Za-z0-9_@%+=:,./~^-]|'[^']*'|"[^"$`\\!]*")+)"""
-)
-KEYWORDS = frozenset(
-    "if then else elif fi for while until do done case esac select function time coproc in [[ ! { }".split()
-)
+class Script(NamedTuple):
+    """`values`: variable -> what it may hold anywhere in the script; its own mark stands for the environment's value."""
+
+    commands: list[Command]
+    values: dict[str, list[str]]
+    seen: set[str]  # variables that the script refers to
+    functions: set[str]
 
 
-def _word(raw: str) -> str:
-    """A word without its quotes.  Only quotes without any expansion inside get here."""
-    return re.sub(r"'([^']*)'|\"([^\"]*)\"", lambda m: m.group(1) if m.group(1) is not None else m.group(2), raw)
+class _Unclear(Exception):
+    """The text is not certain to mean the same to bash as here."""
 
 
-def _tokens(text: str) -> list[tuple[str, str]] | None:
-    token_at, tokens, position = re.compile(SHELL_TOKEN), [], 0
-    while position < len(text):
-        match = token_at.match(text, position)
-        if match is None:
-            return None
-        tokens.append((match.lastgroup or "", match.group()))
-        position = match.end()
-    return [token for token in tokens if token[0] not in ("space", "duplicate")]
+def expand_braces(word: str) -> list[str]:
+    """`a{b,c}` as bash expands it first of all, from and to a word with special characters as marks."""
+    if "\4" not in word and ".." not in word:
+        return [word]
+    if word.count("\3") > BRACE_LIMIT or ".." in word:
+        raise _Unclear  # among others, ranges of other kinds
+    for opening in re.finditer("\3", word):
+        depth, commas = 0, [opening.start()]
+        for mark in re.finditer("[\3\4\5]", word[opening.end() :]):
+            at = opening.end() + mark.start()
+            depth += (mark.group() == "\3") - (mark.group() == "\5")
+            if depth < 0 and len(commas) > 1:
+                parts = [word[a + 1 : b] for a, b in zip(commas, [*commas[1:], at])]
+                middles, tails = [inner for part in parts for inner in expand_braces(part)], expand_braces(word[at + 1 :])
+                if len(middles) * len(tails) > STEP_LIMIT // 10:
+                    raise _Unclear
+                return [word[: opening.start()] + middle + tail for middle in middles for tail in tails]
+            if depth < 0:
+                raise _Unclear
+            commas += [at] * (depth == 0 and mark.group() == "\4")
+    return [word]
 
 
-def _recognisable(words: list[str]) -> bool:
-    """Whether the raw words of a simple command mean to bash what they say."""
-    if any(word.startswith("~") and not re.match(r"~(/|$)", word) or "=~" in word or ":~" in word for word in words):
-        return False
-    return bool(words) and words[0] not in KEYWORDS and not re.match(r"\w+\+?=", words[0])
+class _Shell:
+    """A recursive descent over the text; `at` is where it is.  Raises _Unclear."""
 
+    def __init__(self, text: str) -> None:
+        self.text, self.at, self.nest, self.steps = text, 0, 0, STEP_LIMIT
+        self.commands: list[Command] = []
+        self.values: dict[str, list[str]] = {}
+        self.seen: set[str] = set()  # variables referred to so far
+        self.counts: set[str] = set()  # variables that arithmetic evaluates
+        self.singles: set[str] = set()  # variables that have to be one word
+        self.programs: set[str] = set()  # variables that name a program
+        self.pending: list[tuple[bool, bool, str, int]] = []  # heredocs still to come: (literal, tabs go, delimiter, whose)
+        self.body: str | None = None  # the last heredoc, if it is literal
+        self.within: tuple[str, ...] = ()
+        self.functions: set[str] = set()
+        self.literal = False  # the text of a heredoc was taken for what `cat` prints
+        self.fed, self.sure = False, True  # sure: what is assigned here is assigned whenever the text goes on
+        self.chain = True  # the outermost list is one chain of `&&` so far
+        self.links: list[int] = []  # its simple commands
 
-def parse_shell(text: str) -> list[Command] | None:
-    """The simple commands of `text` in order, or None when it is not recognised."""
-    tokens = _tokens(text.strip(" \t\n")) if len(text) <= COMMAND_LIMIT else None
-    if not tokens:
-        return None
-    commands: list[Command] = []
-    words: list[str] = []
-    files: dict[str, list[str]] = {"write": [], "read": []}
-    expect, previous = "", "\n"
-    for kind, value in [*tokens, ("operator", "\n")]:
-        if kind == "word":
-            (files[expect] if expect else words).append(value)
-            expect = ""
-        elif kind in files or expect:
-            if expect:
-                return None
-            expect = kind
+    def peek(self, pattern: re.Pattern[str]) -> str | None:
+        match = pattern.match(self.text, self.at)
+        return match.group() if match else None
+
+    def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """Match here and go on behind it."""
+        match = pattern.match(self.text, self.at)
+        if match:
+            self.at = match.end()
+        return match
+
+    def need(self, found: Any) -> Any:
+        """`found`, which has to be there."""
+        if not found:
+            raise _Unclear
+        return found
+
+    def take_text(self, text: str) -> bool:
+        found = self.text.startswith(text, self.at)
+        self.at += len(text) if found else 0
+        return found
+
+    def step(self, count: int = 1) -> None:
+        self.steps -= count
+        if self.steps <= 0:
+            raise _Unclear
+
+    @contextlib.contextmanager
+    def nested(self, text: str | None = None) -> Iterator[None]:
+        """A level deeper, where nothing assigned is sure to be; and in another text, if one is given."""
+        kept = (self.text, self.at, self.pending, self.sure, self.fed, self.within)
+        self.nest, self.sure = self.nest + 1, False
+        self.need(self.nest < NEST_LIMIT)
+        if text is not None:
+            self.text, self.at, self.pending = text, 0, []
+            self.step(1 + len(text) // 100)
+        yield
+        self.nest, self.sure, self.fed, self.within = self.nest - 1, *kept[3:]
+        if text is not None:
+            self.text, self.at, self.pending = kept[:3]
+
+    # Words
+
+    def word(self, split: bool = True) -> list[str]:
+        """The words that the text here becomes: none if there is no word, several by braces."""
+        self.step()
+        if match := self.take(PLAIN_WORD):
+            return [match.group()]
+        start, parts, quoted, assigned = self.at, [], False, ASSIGNMENT.match(self.text, self.at)
+        while match := self.take(PIECE):
+            kind = match.lastgroup or ""
+            quoted = quoted or kind in ("single", "ansi", "double")
+            self.step()
+            parts.append(getattr(self, "_" + kind)(match.group(kind)))
+        word = "".join(parts)
+        if "\10" in word:
+            plain, raw = word.replace("\10", ""), self.text[start : self.at].replace("\\\n", "")
+            self.need(word[0] != "\10" and not re.search("[=\3\6]", plain) and not KEYWORD.fullmatch(raw))
+            word = plain
+        self.need(not quoted or not re.fullmatch("(\1[^\0]+\0)+", word))  # one word or none
+        self.need(not word.isdigit() or quoted or self.text[self.at : self.at + 1] not in ("<", ">"))  # a descriptor
+        braces = split and "\3" in word
+        self.need(not braces or not BRACED_NAME.search(self.text[start : self.at]))
+        words = expand_braces(word) if braces else [word]
+        self.step(len(words))
+        self.need(len(words) < 2 or not (re.search("[=:]\6", word) or (quoted and "" in words)))
+        self.seen.update(["HOME"] if "\6" in word else ())
+        self.need(not re.search("\7[^/]*[\0\1]", word))
+        head = assigned.end() - start if assigned and split else 0
+        return [word[:head] + _finish(word[head:], not split or head > 0) for word in words if word or quoted]
+
+    def one_word(self, split: bool = True) -> str:
+        """The one word that has to stand here."""
+        self.take(BLANK)
+        words = self.word(split)
+        self.need(len(words) == 1)
+        return words[0]
+
+    def _plain(self, text: str) -> str:
+        return text
+
+    _single = _escape = _plain
+
+    def _special(self, text: str) -> str:
+        return SPECIAL[text]
+
+    def _tilde(self, text: str) -> str:
+        """A home directory if nothing around it is quoted, and it stands where one can."""
+        before, after = self.text[self.at - 2 : self.at - 1], self.text[self.at : self.at + 1]
+        if before and before not in " \t\n;|&()<>=:{,":
+            return text
+        self.need(before not in ("{", ",") and self.text[self.at - 3 : self.at - 2] != "\\" and after in (*"/ \t\n;|&()<>:", ""))
+        return SPECIAL[text]
+
+    def _letters(self, text: str) -> str:
+        """Letters outside of ASCII, if no byte of them is a blank to some bash."""
+        self.need(text.isalpha() and not {0x85, 0xA0} & set(text.encode()))
+        return text
+
+    def _joined(self, _: str) -> str:
+        return "\10"  # the line goes on, in the middle of a word
+
+    def _range(self, text: str) -> str:
+        first, last = map(int, text[1:-1].split(".."))
+        self.need(abs(last - first) < 100)
+        numbers = list(map(str, range(first, last + 1) if first <= last else range(first, last - 1, -1)))
+        return "\3" + "\4".join(numbers) + "\5" if len(numbers) > 1 else numbers[0]
+
+    def _ansi(self, text: str) -> str:
+        def plain(match: re.Match[str]) -> str:
+            code = match.group(1)
+            octal = re.fullmatch("[0-7]+", code)
+            number = int(code[1:], 16) if code[0] == "x" and code != "x" else int(code, 8) if octal else 0
+            return str(self.need(chr(number) if 32 <= number < 127 else ANSI_ESCAPES.get(code)))
+
+        return re.sub(r"\\(x[0-9a-fA-F]{1,2}|[0-7]{1,3}|[\s\S])", plain, text)
+
+    def _double(self, _: str) -> str:
+        text = self.quoted()
+        self.need(self.take_text('"'))
+        return text
+
+    def quoted(self) -> str:
+        """Text in which only `$`, backticks and backslashes are special, up to a quotation mark."""
+        parts = []
+        while match := self.take(QUOTED):
+            self.step()
+            text = match.group(match.lastgroup or 0)
+            parts.append(self._expansion(text, True) if match.lastgroup == "expansion" else text)
+        return "".join(parts)
+
+    def _process(self, kind: str) -> str:
+        self.fed, fed = self.fed or kind == ">(", self.fed
+        self.group(")")
+        self.fed = fed
+        return "/dev/fd/" + NUMBER
+
+    def _expansion(self, kind: str, quoted: bool = False) -> str:
+        """What the `$` or backtick just before begins."""
+        if kind == "`":
+            return self.backticks(quoted)
+        self.at -= 1
+        if match := self.take(VARIABLE):
+            name = match.group(1) or match.group(2)
+            self.seen.add(name)
+            return ("\0" if quoted else "\1") + ("" if OWN_VARIABLES.fullmatch(name) else name) + "\0"
+        if self.take(COUNTED):
+            return NUMBER
+        if match := self.take(COMPUTED):
+            self.seen.update([match.group("name")] if match.group("name") else ())
+            return ANY if quoted and "@" not in match.group() else ANY_WORDS
+        self.at += 1
+        if self.text.startswith("((", self.at):
+            self.arithmetic()
+            return NUMBER
+        if self.take_text("("):
+            return self.substitution(quoted)
+        self.need(self.peek(DOLLAR) is not None or (quoted and self.text.startswith('"', self.at)))
+        return "$"
+
+    def substitution(self, quoted: bool) -> str:
+        start, self.body = len(self.commands), None
+        self.group(")")
+        body = self.body or ""
+        printed = [(command.words, command.text, command.redirects) for command in self.commands[start:]]
+        if quoted and body and printed == [(("cat",), body, 1)]:
+            self.literal = True
+            return body.rstrip("\n")  # "$(cat <<'EOF' …)" is how agents write a long argument
+        return ANY if quoted else ANY_WORDS
+
+    def backticks(self, quoted: bool) -> str:
+        text = self.need(not self.pending and self.take(BACKTICKS)).group(1)
+        self.need(not quoted or '"' not in text)  # braces come before this, and take the quotes for ends
+        with self.nested(text):
+            self.sequence("")
+        return ANY if quoted else ANY_WORDS
+
+    def arithmetic(self) -> None:
+        """`((…))`.  Bash evaluates the text that its variables hold, so that has to be a number."""
+        text = self.need(self.take(ARITHMETIC)).group(1)
+        names = re.findall(NAME, text)
+        self.need(not any(OWN_VARIABLES.fullmatch(name) for name in names))
+        self.counts.update(names)
+        self.seen.update(names)
+        if re.search(r"(?<![<>=!])=(?!=)|\+\+|--", text):
+            for name in names:
+                self.assign(name, NUMBER, False)
+
+    def assign(self, name: str, value: str, sure: bool) -> None:
+        self.need(not OWN_VARIABLES.fullmatch(name))
+        if name not in self.values:
+            self.values[name] = [] if sure and name not in self.seen else [f"\0{name}\0"]
+        self.values[name].append(value.replace("\1", "\0"))
+
+    # Commands
+
+    def space(self) -> None:
+        """Skip blanks, comments and line ends, and the heredocs after them."""
+        self.take(BLANK)
+        while self.take_text("\n"):
+            self.step()
+            for literal, tabs, delimiter, owner in self.pending:
+                line = re.compile(r"^%s%s(?:\n|\Z)" % ("\t*" if tabs else "", re.escape(delimiter)), re.M)
+                found = self.need(line.search(self.text, self.at))
+                body, self.at = self.text[self.at : found.start()], found.end()
+                self.body = (re.sub(r"^\t+", "", body, flags=re.M) if tabs else body) if literal else None
+                if self.body and owner < len(self.commands):
+                    self.commands[owner] = self.commands[owner]._replace(text=self.body)
+                if not literal:
+                    self.heredoc(body)
+            self.pending = []
+            self.take(BLANK)
+
+    def heredoc(self, body: str) -> None:
+        with self.nested(body):
+            while self.at < len(self.text):
+                self.quoted()
+                self.need(self.take_text('"') or self.at == len(self.text))
+
+    def group(self, end: str) -> None:
+        """A list in a shell of its own."""
+        self.need(not self.pending)
+        with self.nested():
+            self.sequence(end)
+        self.need(not self.pending)
+
+    def sequence(self, *ends: str) -> str:
+        """Commands up to one of `ends`, which is taken and returned; "" stands for the end of the text."""
+        separated, empty = True, True
+        while True:
+            self.space()
+            if self.at == len(self.text):
+                self.need("" in ends and not self.pending)
+                return ""
+            word = self.peek(KEYWORD) if separated else ""
+            for end in ends:
+                if (word == end or end in (")", ";;")) and end and self.take_text(end):
+                    self.need(not empty or ";;" in ends)
+                    return end
+            self.need(separated)
+            self.chain = (self.chain and empty) if self.nest == 0 else self.chain
+            self.and_or()
+            separated, empty = bool(self.take(SEPARATOR)) or self.text.startswith("\n", self.at), False
+
+    def and_or(self) -> None:
+        sure, before = self.sure, set(self.values)
+        self.pipeline()
+        while operator := self.take(AND_OR):
+            self.sure = False
+            self.chain = self.chain and (self.nest > 0 or operator.group() == "&&")
+            self.space()
+            self.pipeline()
+        self.sure = sure
+        if self.text.startswith("&", self.at):
+            self.doubt(before)
+
+    def doubt(self, before: set[str]) -> None:
+        """What was assigned since `before` was assigned in another process."""
+        for name in set(self.values) - before:
+            self.values[name].append(f"\0{name}\0")
+
+    def pipeline(self) -> None:
+        fed, before, simple = self.fed, set(self.values), not self.peek(PREFIX)
+        while self.take(PREFIX):
+            self.take(BLANK)
+        simple = simple and not self.peek(KEYWORD) and not self.peek(FUNCTION)
+        self.command()
+        if simple and self.nest == 0 and not self.peek(JOINED):
+            self.links.append(len(self.commands) - 1)
+        while self.take(PIPE):
+            self.fed = True
+            self.space()
+            self.command()
+            self.doubt(before)
+        self.fed = fed
+
+    def command(self) -> None:
+        """One command, and the blanks after it."""
+        self.step()
+        start, word = len(self.commands), self.peek(KEYWORD)
+        definition = None if word else self.take(FUNCTION)
+        if definition:
+            self.functions.add(definition.group(1))
+            with self.nested():
+                self.within, self.fed = (*self.within, definition.group(1)), True
+                self.command()
+        elif word:
+            build = self.need(self.COMPOUNDS.get(word))
+            self.at += len(word)
+            if word == "for":
+                build(self)
+            else:
+                with self.nested():
+                    build(self)
+            self.redirections(start)
         else:
-            if words and _recognisable(words + files["write"] + files["read"]):
-                writes = tuple(path for path in map(_word, files["write"]) if path not in STANDARD_STREAMS)
-                commands.append(Command(tuple(map(_word, words)), writes, tuple(map(_word, files["read"])), previous))
-            elif words or any(files.values()) or value != "\n" or previous not in ("\n", ";"):
-                return None
-            words, files, previous = [], {"write": [], "read": []}, value
-    return commands
+            self.simple()
+        self.take(BLANK)
+
+    def redirections(self, start: int) -> None:
+        """Those of a compound command, whose commands are fed by them."""
+        command = self.redirected(Command(within=self.within, fed=self.fed), False)
+        if command.fed:
+            self.commands[start:] = [inner._replace(fed=True) for inner in self.commands[start:]]
+        if command.reads or command.writes:
+            self.commands.append(command)
+
+    def redirected(self, command: Command, owned: bool = True) -> Command:
+        """`command` with the redirections that stand here; `owned`: it is the next one to be added."""
+        inputs = len(self.pending)
+        while True:
+            self.take(BLANK)
+            match = self.take(REDIRECT)
+            if not match:
+                return command
+            self.step()
+            operator = match.group(1) or "&>"
+            command = command._replace(redirects=command.redirects + 1)
+            inputs += operator.startswith("<")
+            self.need(inputs < 2 or not self.pending)  # which of them it reads is not looked into
+            self.need(self.text[match.start() - 1 : match.start()] != "}")
+            if operator in ("<<", "<<-"):
+                self.need(match.group().rstrip("<-") in ("", "0"))
+                delimiter = self.need(self.take(DELIMITER))
+                literal = bool(delimiter.group(1) or delimiter.group(3))
+                name = delimiter.group(2) or delimiter.group(4)
+                self.pending.append((literal, operator == "<<-", name, len(self.commands) if owned else sys.maxsize))
+                command = command._replace(fed=True)
+            elif operator == "<<<":
+                self.one_word(False)
+                command = command._replace(fed=True)
+            elif operator not in ("<&", ">&") or not self.take(DESCRIPTOR):
+                self.need(operator != "<&" and not (operator == ">&" and self.peek(re.compile("[ \t]*[-0-9]"))))
+                path = self.one_word()
+                if operator.startswith("<"):
+                    command = command._replace(reads=(*command.reads, path), fed=command.fed or "\0" in path)
+                if operator != "<" and path not in STANDARD_STREAMS:
+                    command = command._replace(writes=(*command.writes, path))
+
+    def simple(self) -> None:
+        command, begin, start = Command(within=self.within, fed=self.fed), self.at, -1
+        words: list[str] = []
+        sets: list[tuple[str, str]] = []
+        while start != self.at:
+            start = self.at
+            command = self.redirected(command)
+            self.need(words or not self.peek(SUBSCRIPT))
+            self.need(words or not (sets or command.redirects) or not self.peek(KEYWORD))
+            match = None if words else self.take(ASSIGNMENT)
+            if match and self.take_text("("):
+                sets.append((match.group(1), self.array()))
+            elif match:
+                value = (self.word(False) or [""])[0]
+                sets.append((match.group(1), ANY if match.group(2) else value))
+            else:
+                words += self.word()
+                self.need(words[:1] == [] or words[0] not in DECLARATIONS or "{" not in self.text[start : self.at])
+        self.need(words or sets or command.reads or command.writes or command.fed != self.fed)
+        if words:
+            self.program(words[0], [name for name, _ in sets])
+            self.builtin(words[0], words[1:])
+        for name, value in sets if not words or "\1" in words[0] else ():
+            self.assign(name, value, self.sure and not command.reads and not command.writes and not words)
+        source = self.text[begin : self.at].strip(" \t\n")
+        self.commands.append(command._replace(words=tuple(words), sets=tuple(sets), source=source))
+
+    def array(self) -> str:
+        begin = self.at
+        self.space()
+        while not self.take_text(")"):
+            start = self.at
+            self.need(self.text[start : start + 1] != "[")
+            self.word()
+            self.need(self.at > start)
+            self.space()
+        self.need("\\" not in self.text[begin : self.at] and self.peek(re.compile(r"[\s;|&)]|$")) is not None)
+        return ANY
+
+    def program(self, word: str, assigned: list[str]) -> None:
+        """Some of bash's own commands do not take what is assigned before them as others do."""
+        self.need(word not in SIMPLE_SETTERS or not assigned or (word == "read" and assigned == ["IFS"]))
+        for mark in MARK.finditer(word):
+            self.need(mark.group() == word)
+            self.programs.add(mark.group(2) or "")
+
+    def builtin(self, name: str, words: list[str]) -> None:
+        """What bash's own commands do to variables.  Some also run what is hidden in a subscript."""
+        if name in ("command", "builtin"):
+            self.need(words[:1] in (["-v"], ["-V"]) or not (SETTERS | {"test", "[", "printf"}) & set(words))
+        if name in ("test", "["):
+            for word, after in zip(words, [*words[1:], "]"]):
+                self.need(word not in ("-v", "-R") and not (MARK.search(word) and after not in TESTS))
+                for mark in re.finditer("\1([^\0]*)\0", word):
+                    self.need(mark.group(1))
+                    self.singles.add(mark.group(1))
+        self.need(name != "printf" or not any(word.startswith("-v") for word in words))
+        for word in words if name in SIMPLE_SETTERS else ():
+            match = ASSIGNMENT.match(word) if name in DECLARATIONS else None
+            head = match.group() if match else word
+            self.need(not MARK.search(head) and "[" not in head and not (match and word[match.end() :].startswith("(")))
+            self.need(name == "read" or not re.match(r"[-+][A-Za-z]*[^-+xrgpfF]", head))
+            if match:
+                self.assign(match.group(1), ANY if match.group(2) else word[match.end() :], self.sure)
+            elif re.fullmatch(NAME, word) and name not in ("export", "readonly"):
+                self.assign(word, ANY if name == "read" else "", False)
+
+    def _brace(self) -> None:
+        self.sequence("}")
+
+    def _subshell(self) -> None:
+        self.sequence(")")
+
+    def _arithmetic(self) -> None:
+        self.at -= 2
+        self.arithmetic()
+
+    def _if(self) -> None:
+        end = "elif"
+        while end == "elif":
+            self.sequence("then")
+            end = self.sequence("elif", "else", "fi")
+        if end == "else":
+            self.sequence("fi")
+
+    def _while(self) -> None:
+        self.within = (*self.within, "while")
+        self.sequence("do")
+        self.sequence("done")
+
+    def _for(self) -> None:
+        self.take(BLANK)
+        if self.peek(ARITHMETIC):
+            self.arithmetic()
+        else:
+            match = self.need(self.take(FOR))
+            words = [] if match.group(2) else [ANY]
+            start = -1
+            while match.group(2) and start != self.at:
+                self.take(BLANK)
+                start, words = self.at, words + self.word()
+            for word in words or [""]:
+                self.assign(match.group(1), ANY if "\1" in word else word, self.sure and bool(words))
+        self.take(re.compile(r"[ \t]*;?"))
+        self.space()
+        self.need(self.peek(KEYWORD) == "do")
+        self.at += 2
+        with self.nested():
+            self.within = (*self.within, "for")
+            self.sequence("done")
+
+    def _case(self) -> None:
+        self.one_word(False)
+        self.space()
+        self.need(self.peek(KEYWORD) == "in")
+        self.at += 2
+        end = ""
+        while end != "esac":
+            self.space()
+            if self.peek(KEYWORD) == "esac":
+                self.at += 4
+                return
+            self.need(not self.take_text("(") or self.peek(KEYWORD) != "esac")
+            self.one_word()
+            self.take(BLANK)
+            while self.take_text("|"):
+                self.one_word()
+                self.take(BLANK)
+            self.need(self.take_text(")"))
+            end = self.sequence(";;", "esac")
+
+    def _test(self) -> None:
+        """`[[ … ]]` without groups: tests of one or two words, joined."""
+        joined = True
+        while joined:
+            word = self.one_word(False)
+            while word == "!":
+                word = self.one_word(False)
+            if re.fullmatch("-[a-zA-Z]", word):
+                self.need(word not in ("-v", "-R"))
+                self.one_word(False)
+            else:
+                self.take(BLANK)
+                operator = self.take(TEST_OPERATOR)
+                self.compared(word, operator.group(1), self.one_word(False)) if operator else None
+            self.take(BLANK)
+            joined = self.take(AND_OR) is not None
+        self.need(self.take(re.compile(r"\]\](?=[\s;&|()<>]|$)")))
+
+    def compared(self, left: str, operator: str, right: str) -> None:
+        """Comparing numbers evaluates the text of both sides."""
+        for operand in (left, right) if operator in COMPARISON else ():
+            mark = MARK.fullmatch(operand)
+            self.need(re.fullmatch(r"-?[0-9]+", operand) or (mark and mark.group(2)))
+            self.counts.update([mark.group(2)] if mark else [])
+
+    COMPOUNDS: dict[str, Callable[[_Shell], None]] = {
+        "{": _brace, "(": _subshell, "((": _arithmetic, "if": _if, "while": _while, "until": _while, "for": _for, "case": _case,
+        "[[": _test,
+    }  # fmt: skip
+
+    def script(self) -> Script:
+        self.sequence("")
+        self.need(not (self.literal and "cat" in self.functions))
+        for command in self.commands if self.functions else ():
+            for name, value in command.sets:  # a function sees those before it
+                self.assign(name, value, False)
+        for at in self.links if self.chain else ():
+            self.commands[at] = self.commands[at]._replace(then=True)
+        for names, allowed in ((self.counts, rf"-?[0-9]+|{NUMBER}"), (self.singles, rf"[^\s\0\2*?\[]*|{NUMBER}")):
+            for name in names:
+                self.need(all(re.fullmatch(rf"{allowed}|\0{name}\0", value) for value in self.values.get(name, ())))
+        for value in (value for name in self.programs for value in self.values.get(name, ())):
+            self.need(value not in SETTERS | {"printf", "test", "["})
+        return Script(self.commands, self.values, self.seen, self.functions)
+
+
+def _finish(word: str, value: bool) -> str:
+    """Tildes and sets of globs, when the braces are gone.  `value`: it is the value of an assignment."""
+    if "\6" in word:
+        word = re.sub("(?:^|(?<=:))\6(?=[/:]|$)" if value else "^\6(?=/|$)", "\0HOME\0", word)
+        if re.search("(?:^|:)\6" if value else "^\6", word):
+            raise _Unclear  # somebody else's home directory
+    word = "[" if word == "\7" else re.sub("\7[^/]*", GLOB, word)
+    return word.translate({3: "{", 4: ",", 5: "}", 6: "~"})
+
+
+def parse_shell(text: str) -> Script | None:
+    """The commands that bash may run for `text`, or None when it is not recognised."""
+    try:
+        return None if len(text) > TEXT_LIMIT or FOREIGN.search(text) else _Shell(text).script()
+    except _Unclear:
+        return None
 
 
 # ════════════════════════════════════════ 5. Policy ══════════════════════════════════════
 # Tool call in, verdict out; pure.  A call is broken into actions (run this, read that path, write
 # that path).  The layers below are asked in order and the first that has an opinion decides; inside
 # a layer, and between the actions of one call, the strictest opinion wins, so that a harmless
-# command never covers for its neighbour.  A call that is not recognised is asked about, at least.
+# command never covers for its neighbour.  What is not recognised, or hides what it runs, is a remark:
+# it is asked about, at least.  Variables, loops and `cd` count with every value they may have.
 # Must never: allow because something failed, let a stored rule win over a hard deny, or widen an
 # approval beyond the text that was displayed.
 
@@ -782,10 +1397,13 @@ class Context(NamedTuple):
     now: int = 0
     real_path: Callable[[str], str] = str  # resolves symlinks; given by the I/O half
     rules_broken: bool = False  # the rules file could not be read: ask about everything
+    port: int = 0  # where this server listens
+    domains: tuple[str, ...] = ()  # where the browser skill may go by itself
+    protected: tuple[str, ...] = ()  # more files whose change is always asked about
 
 
 class Verdict(NamedTuple):
-    """`layer` names what decided; `exact` is the text an "always" would store, "" if it may not."""
+    """`layer` names what decided."""
 
     action: str
     risk: str
@@ -795,19 +1413,28 @@ class Verdict(NamedTuple):
 
 
 class Action(NamedTuple):
-    """One thing a call does: verb run (words), read or write (path), or tool (anything else)."""
+    """One thing a call does.  verb: run (words), read or write (path), tool (any other tool), or remark
+    (words: risk and reason of something in the call that a person has to see)."""
 
     verb: str
     words: tuple[str, ...] = ()
     path: str = ""  # absolute and normalised, symlinks not resolved
-    cwd: str = ""  # where it happens, after any `cd` before it
     raw: str = ""  # the words as they were written
-    piped: bool = False
-    plain: bool = True  # the program is found on PATH or in a system directory, and got no options of git's own
+    cwds: tuple[str, ...] = ()  # where it may happen
+    fed: bool = False  # it reads what another command prints, or text of the script
+    plain: bool = True  # the program is what its name says: found on PATH or in a system directory, no options of git's own
+    paths: tuple[str, ...] = ()  # all it may touch, also with symlinks resolved
+    targets: tuple[str, ...] = ()  # those of them that it may change
+    via: tuple[str, ...] = ()  # the wrappers that run it
+    source: str = ""  # the command as it was written
+    code: str = ""  # the literal text that it reads as its input
+    doubtful: bool = False  # it has this form only if a variable of the environment is empty
+    own: bool = True  # nothing in the script makes the program another one
+    raw_words: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        return " ".join(self.words) if self.verb == "run" else self.path
+        return " ".join(self.words) if self.verb == "run" else self.path or self.raw
 
 
 class Preset(NamedTuple):
@@ -823,41 +1450,120 @@ PRESETS = {
     "container": Preset("allow", False, "Container: the agent is free inside its own machine, risky actions ask."),
 }
 FILE_TOOLS = {"read": "read", "ls": "read", "find": "read", "grep": "read", "write": "write", "edit": "write"}
-READERS: dict[str, str] = dict.fromkeys("cat head tail wc diff cut stat ls cd echo pwd true false :".split(), "")
-READERS.update(grep="f", rg="f", tree="o", sort="oTS", uniq="", file="fmC")  # name -> letters of options that do more than read
-HELPERS = frozenset("cd echo pwd true false :".split())
+READERS: dict[str, str] = dict.fromkeys(
+    "cat head tail wc cut stat ls cd echo pwd sleep true false : test [ which du basename dirname uname whoami nproc".split(), ""
+)
+READERS.update(  # name -> letters of options that do more than read, or that follow links
+    grep="fR", rg="fL", tree="oRlH", sort="oTS", uniq="", file="fmC", printf="v", jq="fL", diff="r", date="s"
+)
+HELPERS = frozenset(
+    "cd echo pwd sleep true false : printf test [ which basename dirname date uname whoami nproc".split()
+)  # their words are no files that are read
 GIT_READS = frozenset("status log diff show blame rev-parse".split())
+GIT_LISTS = re.compile(
+    r"(branch( (-[arv]+|--(list|all|remotes|show-current|no-color)))*|tag( (-l|--list))*|remote( -v)?|stash list)"
+)
 LONG_READS = frozenset(
     "all cached staged stat shortstat numstat oneline name-only name-status short porcelain graph decorate patch no-color color "
     "ignore-case line-number count recursive hidden bytes lines words chars max-count include exclude exclude-dir help "
     "version abbrev-commit show-toplevel abbrev-ref brief unified word-diff follow reverse numeric-sort unique check context "
     "after-context before-context fixed-strings word-regexp invert-match files-with-matches glob type since until author "
-    "grep".split()
+    "grep format pretty files".split()
 )
-GIT_VALUES = frozenset("-C -c --git-dir --work-tree --namespace --super-prefix --config-env".split())
-WRAPPERS = frozenset("command builtin nohup setsid".split())  # run the rest of their words; with options they are opaque
-OPAQUE = frozenset("eval source . exec xargs parallel env nice timeout stdbuf time watch script busybox alias pushd popd".split())
-SHELLS = frozenset("sh bash zsh dash ksh fish".split())
-INTERPRETERS = SHELLS | frozenset("python python2 python3 node deno bun ruby perl php osascript lua Rscript".split())
+FIND_READS = frozenset(
+    "-name -iname -path -ipath -type -maxdepth -mindepth -newer -size -mtime -mmin -not -o -a -print -print0 -empty -prune "
+    "-regex -perm -user -and -or ! ( )".split()
+)
+GIT_VALUES = frozenset("-C -c --git-dir --work-tree --namespace --super-prefix --config-env --attr-source".split())
+WRAPPERS = {  # they run the rest of their words: options with a value, options without, operands before the program
+    "command": ("", "p", 0), "builtin": ("", "", 0), "exec": ("a", "cl", 0), "nohup": ("", "", 0), "setsid": ("", "cfw", 0),
+    "nice": ("n", "0123456789", 0), "timeout": ("ks", "v", 1), "stdbuf": ("ioe", "", 0), "time": ("", "p", 0),
+    "env": ("u", "i0v", 0), "xargs": ("dEILnPs", "0rtx", 0), "caffeinate": ("tw", "dimsu", 0), "ionice": ("cnp", "t", 0),
+}  # fmt: skip
+HIDERS = frozenset(
+    "source . parallel watch script busybox alias unalias pushd popd shopt enable let mapfile readarray getopts coproc hash "
+    "bind complete compgen jobs wait fc chroot unshare nsenter flock screen tmux osascript ed ex expect dtrace gdb toybox "
+    "coreutils "
+    "lldb strace ltrace fakeroot unbuffer taskset chrt perf rlwrap setarch arch entr catchsegv valgrind zellij".split()
+)  # they run something, or change what words mean, in ways that are not looked into
+TMUX_READS = r"ls|list-\w+|capture-pane|has-session|show-\w+|kill-(session|pane|window)"
+SHELLS = frozenset("sh bash dash zsh ksh fish csh tcsh ash mksh rbash yash".split())
+INTERPRETERS = SHELLS | frozenset("python python2 python3 node deno bun ruby perl php osascript lua rscript tclsh".split())
+ARGUMENTS_DO_NOTHING = HELPERS - {"cd"} | frozenset("return exit export local declare readonly read unset".split())
 TRUSTED = ("", "/bin", "/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
-PRIVILEGE = frozenset("sudo doas su pkexec".split())
+PRIVILEGE = frozenset("sudo sudo-rs sudoedit doas dzdo su su-exec gosu runuser run0 systemd-run pkexec setpriv".split())
+MENTIONING = PRIVILEGE | frozenset([*READERS, *"git man type command brew apt apt-get".split()])  # may name one of those
+FETCHERS = frozenset("curl wget http https xh aria2c".split())
+COPIERS = frozenset("cp mv ln install ditto rsync".split())  # the last operand is changed
+WRITERS = COPIERS | frozenset("rm rmdir tee touch mkdir chmod chown chgrp truncate unlink shred dd sponge sed".split())
+GNU_NAMES = WRITERS | frozenset("find tar awk xargs env timeout nice nohup stdbuf".split())  # Homebrew puts a g before them
+DEEP_READERS = {  # program or tool -> words with which it reads whole folders
+    "grep": r"^grep$| -\w*[rR]| --(rec|deref|dir)", "cp": r" -\w*[rRa]| --(rec|arc)", "diff": r" -\w*r| --rec",
+    "tar": r"^tar -?\w*[crAu]| --(cr|app|up|cat)", **dict.fromkeys("rg ag ack zip rsync ditto 7z mv".split(), ""),
+}  # fmt: skip
 SYSTEM_ROOTS = tuple("/etc /usr /bin /sbin /lib /lib64 /boot /System /Library /dev /proc /sys /var/db /private/etc".split())
-SYSTEM_FILES = ("/etc", "/private/etc", "/System", "/Library", "/boot")
+SYSTEM_FILES = ("/etc/", "/private/etc/", "/system/", "/library/", "/boot/")
+PROGRAM_FILES = ("/usr/", "/bin/", "/sbin/", "/lib", "/opt/homebrew/")
+DISKS = re.compile(r"/dev/(?!null|zero|u?random|std|fd/|tty|full)")
+SELF_STARTING = re.compile(
+    r"/\.git/(hooks(/|$)|config|info/attributes|modules/)|/launch(agents|daemons)(/|$)|/fetch/allowed_domains\.txt$|/\.zlogout$"
+    r"|/\.git/(.*/)?(hooks/|config(\.worktree)?$)|/\.pi/(extensions|settings\.json)|/\.(husky|oh-my-zsh)/|/\.envrc$"
+    r"|/\.claude/settings|/var/(spool/cron|at)/|/\.config/(git|fish|systemd|autostart)/"
+    r"|/\.bash_(aliases|logout)$|/\.(vim|emacs|tmux\.conf|inputrc|xprofile|xinitrc)"
+)
 START_FILES = frozenset(
     ".bashrc .bash_profile .bash_login .profile .zshrc .zprofile .zshenv .zlogin .gitconfig .config/fish/config.fish".split()
 )
-SECRET_DIRS = r"(?i)/\.(ssh|aws|gnupg|docker|kube|azure)(/|$)|/\.config/(gh|gcloud)(/|$)|/Library/Keychains(/|$)"
-SECRET_FILES = r"(?i)/(\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json)$|^/proc/[^/]+/environ$"
-DATA_SECRETS = r"/(config\.json|devices\.json|identity_ed25519|apns\.json)$"
-FORK_BOMB = r"(?<![^\s;&|])([^\s(){}|&;]{1,64})\s{0,8}\(\)\s{0,8}\{[^}]{0,200}?\1\s{0,8}\|\s{0,8}\1\s{0,8}&"
-DATA_FLAGS = r"-[A-Za-z]*[dFTKu].*|--(data|form|json|upload-file|post-|body-|config|user).*"
-UNSAFE_METHOD = r"(?i)(^| )(-[a-z]*X|--request|--method)[ =]?(?!(GET|HEAD)( |$))\w"
-LOOPBACK = r"(?i)(https?://)?(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?(/.*)?$"
+SECRET_PATH = re.compile(
+    r"(?i)/\.(?:ssh|aws|gnupg|docker|kube|azure)(?:/|$)|/\.config/(?:gh|gcloud)(?:/|$)|/Library/Keychains(?:/|$)"
+    r"|/(?:\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json|\.git-credentials|\.pgpass|\.vault-token)$"
+    r"|/\.cargo/credentials|/\.config/git/credentials$|^/etc/shadow$|^/proc/.*/environ$"
+    r"|/(?P<own>config\.json|devices\.json|identity_ed25519|apns\.json)$"  # of this server's data directory
+)
+SECRET_HOMES = ".ssh .aws .gnupg .docker .kube .azure .config/gh .config/gcloud .netrc .npmrc .pypirc Library/Keychains".split()
+SECRET_FILES = (".env", ".netrc", ".npmrc", ".pypirc", "auth.json")
+SECRET_VARIABLE = re.compile(r"(?i)key|token|secret|passw|credential|auth(?!or)")
+CHANGED_PROGRAMS = re.compile(  # variables that decide what a program is or runs
+    r"PATH|IFS|ENV|HOME|CDPATH|LD_\w+|DYLD_\w+|BASH\w*|SHELLOPTS|PS4|PROMPT_COMMAND|"
+    r"GIT_(?!AUTHOR_|COMMITTER_|TERMINAL_PROMPT)\w+|"
+    r"\w*PAGER|\w*EDITOR|VISUAL|BROWSER|PYTHON\w+|NODE_(OPTIONS|PATH)|PERL\w+|RUBY\w+|JAVA_TOOL_OPTIONS|npm_config_\w+|LESS\w+|"
+    r"RIPGREP_CONFIG_PATH|TAR_OPTIONS|GLOBIGNORE"
+)
+DATA_FLAGS = re.compile(r"-[A-Za-z]*[dFTKun].*|@.*|file:.*|(?=[^-].*[./:]).*[\[\]{}].*")
+SENDING = "data form json upload-file user config url-query expand- post-data post-file body-data body-file variable".split()
+UNSAFE_METHOD = re.compile(r"(?i)(^| )(-[a-z]*X|--req[a-z]*|--met[a-z]*)[ =]?(?!(GET|HEAD)( |$))\w")
+LOOPBACK = r"(?i)((https?|wss?)://)?(localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|\[::1?\])(:(?P<port>\d+))?(/.*)?$"
+RISKY_CODE = re.compile(
+    r"rmtree|unlink|remove|rmdir|rimraf|rmSync|subprocess|child_process|system\b|popen|exec|eval|`|socket|urllib|requests|"
+    r"https?:|fetch\b|environ|getenv|ENV\b|\.(ssh|aws|gnupg|netrc|npmrc|pypirc|env|docker|kube)\b|auth\.json"
+)
+BROWSER = r"(?:\S*/)?scripts/(nav|eval|screenshot|start|dismiss-cookies|pick|watch|logs-tail|net-summary)\.js"
+SED_ADDRESS = r"(?:[0-9]+|\$|/(?:[^/\\\n]|\\.)*/I?)"
+SED_COMMAND = re.compile(  # one that neither runs (e, s///e) nor writes (w, s///w) nor reads other files (r, R)
+    rf"[\s;]*(?:{SED_ADDRESS}(?:,[+~]?{SED_ADDRESS})?)?\s*!?\s*(?:[pdqQDGHNPgnxlh=]|[aic]\\?[^\n]*|"
+    r"(?:s(?P<s>[^\w\s\\;])(?:(?!(?P=s))[^\\\n]|\\[\s\S])*(?P=s)(?:(?!(?P=s))[^\\]|\\[\s\S])*(?P=s)[gIip0-9]*)|"
+    r"(?:y(?P<y>[^\w\s\\;])(?:(?!(?P=y))[^\\]|\\.)*(?P=y)(?:(?!(?P=y))[^\\]|\\.)*(?P=y)))\s*(?:[;\n]\s*|$)"
+)
+SED_IN_PLACE = re.compile(r"-\w*i|--i")
+JQ_MORE = re.compile(r"\benv\b|ENV|\b(import|include|modulemeta|get_search_list)\b")
+TAKEN_OVER = re.compile(  # of those, the ones that make everyday programs run something else
+    r"PS4|BASH_ENV|ENV|IFS|CDPATH|PROMPT_COMMAND|SHELLOPTS|LD_\w+|DYLD_\w+|"
+    r"GIT_(?!AUTHOR_|COMMITTER_|TERMINAL|PAGER|EDITOR|SEQ)\w+|"
+    r"PERL5?(OPT|LIB|DB)\w*|RUBY(OPT|LIB)|JAVA_TOOL_OPTIONS|TAR_OPTIONS|RIPGREP_CONFIG_PATH|LESSOPEN|GLOBIGNORE"
+)
+ANY_TEXT = re.compile("\0\0|\1\0")  # a mark for text that the script may choose as it likes
+ENVIRONMENT = "\3"  # the mark of a value from the environment, which the agent does not choose
+EMPTY = "\5"  # the mark of such a value if it is empty
+COMBINATIONS = 64  # of values of variables that are looked at
+PLACES = 8  # working directories a command may run in
+PATH_LIMIT = 300  # paths of a call whose symlinks are resolved
+DEPTH = 15  # wrappers around a program
 
 
 class Ask(NamedTuple):
-    """A row of the preset table: commands (as normalised text) that a person must see."""
+    """A row of the preset table: programs, and what is in the rest of their words, that a person must see."""
 
+    programs: str
     pattern: str
     risk: str
     reason: str
@@ -865,36 +1571,104 @@ class Ask(NamedTuple):
 
 
 ASKS = (
-    Ask(r"rm\b.* (-[a-zA-Z]*[rRf]|--[rf])", "high", "Recursive or forced delete"),
-    Ask(r"git reset\b.* --h", "high", "Discards local changes"),
-    Ask(r"git clean\b.* (-[a-zA-Z]*[fxdX]|--f)", "high", "Deletes untracked files"),
-    Ask(r"git push\b", "medium", "Git push"),
-    Ask(r"git remote (add|set-url)\b", "medium", "Changes a git remote", ("container",)),
-    Ask(r"(npm|pnpm|yarn|bun|cargo|poetry|uv|gem|mvn|gradle) (publish|push|deploy)\b|twine upload\b", "high", "Publishes"),
-    Ask(r"npx .*publish|pip .*upload", "high", "Publishes", ("container",)),
-    Ask(r"(ssh|scp|sftp|mosh|telnet|nc|ncat|netcat|socat|ftp)\b", "high", "Remote shell or raw network"),
-    Ask(r"openssl s_(client|server)\b", "high", "Raw network connection"),
-    Ask(r"rsync\b", "medium", "Copies to or from elsewhere", ("container",)),
-    Ask(r"(gh|glab) \S+ (create|merge|delete|edit|close|comment|upload|fork)\b", "medium", "Acts on the forge"),
-    Ask(r"(aws|gcloud|gsutil|az|kubectl|docker push|podman push|terraform|fly|vercel|netlify|heroku)\b", "medium", "Cloud"),
-    Ask(r"(crontab|launchctl|systemctl|at|batch)\b", "high", "Changes what runs by itself"),
-    Ask(r"(pi|oppi|claude|codex)\b", "high", "Starts another agent, or changes this server"),
-    Ask(r"(env|printenv|export|set|declare)$", "medium", "Prints the whole environment"),
-    Ask(r"(shutdown|reboot|halt|poweroff|killall|pkill)\b", "high", "Stops processes or the machine"),
-)
+    Ask("rm", r" (-[a-zA-Z]*[rRf]|--[rf])", "high", "Recursive or forced delete"),
+    Ask("find", r" -delete( |$)", "high", "Deletes what it finds"),
+    Ask("shred srm truncate wipe", "", "high", "Destroys the content of files"),
+    Ask("git", r"^ reset\b.* --h", "high", "Discards local changes"),
+    Ask("git", r"^ clean\b.* (-[a-zA-Z]*[fxdX]|--f)", "high", "Deletes untracked files"),
+    Ask("git hub", r"^ (lfs|subtree|annex|svn|p4)\b.* (push|dcommit|submit)\b|^ (push|send-pack|send-email|imap-send|daemon)\b",
+        "medium", "Git push"),
+    Ask("git", r"^ remote (add|set-url)\b", "medium", "Changes a git remote", ("container",)),
+    Ask("git", r"(?i)^ config\b(?!.* (--get|--list|-l\b))( -\S+)* (?!(user\.(name|email)|(color|advice|pull|push|fetch|rerere)\.|"
+        r"init\.defaultbranch|core\.(autocrlf|quotepath|ignorecase|filemode|longpaths)\b))\S+ \S", "high",
+        "Changes what git runs"),
+    Ask("git", r" --(ext-diff|textconv|up|rec|exec|template)|^ rebase\b.* -\w*x|^ clone\b.* -\w*u|^ grep\b.* (-\w*O|--op)|ext::|"
+        r"^ (bisect run|submodule foreach|filter-branch|difftool|mergetool)\b", "high", "Runs another program"),
+    Ask("git", r"^ credential", "high", "Reads stored passwords or keys"),
+    Ask("npm pnpm yarn bun deno cargo poetry uv gem mvn mvnw gradle gradlew hub lerna np release-it vsce flit hatch pdm maturin "
+        "helm pod dotnet goreleaser wrangler firebase railway surge pulumi cdk serverless",
+        r" (pub|unpub|deploy|push|release|dist-tag|deprecate|owner|token|upload|up\b)", "high", "Publishes"),
+    Ask("np release-it surge goreleaser", "", "high", "Publishes"),
+    Ask("deno bun npx bunx pnpm uv uvx pip pip3 pipx", r"https?://|git\+", "high", "Runs code from elsewhere"),
+    Ask("npx bunx pnpm uvx pipx python python3 node", r"pi-coding-agent|claude-code|\bcodex\b|oppi\.pyz?\b|rimraf", "high",
+        "Starts another agent or this server, or deletes"),
+    Ask("rimraf trash", "", "high", "Deletes"),
+    Ask("twine", " upload", "high", "Publishes"),
+    Ask("python python3 pipx uvx npx bunx pnpm", r" (twine|publish|vsce|semantic-release|vercel|netlify)\b| upload$", "high",
+        "Publishes"),
+    Ask("pip pip3", " upload", "high", "Publishes", ("container",)),
+    Ask("ssh scp sftp mosh telnet nc ncat netcat socat ftp tftp lftp websocat ngrok cloudflared chisel "
+        "ssh-copy-id autossh sshpass rsh croc wormhole", "", "high",
+        "Remote shell or raw network"),
+    Ask("openssl", r"^ s_(client|server)\b", "high", "Raw network connection"),
+    Ask("rsync", " --del", "high", "Deletes what is not in the source"),
+    Ask("rsync", "", "medium", "Copies to or from elsewhere", ("container",)),
+    Ask("mail mailx sendmail mutt msmtp", "", "medium", "Sends mail"),
+    Ask("gh glab", r"^ (?!(pr|mr|issue|repo|run|release|workflow|gist|label|project) (list|view|status|diff|checks|watch)\b|"
+        r"search |status\b|help|version|--|api (?!(.* )?(-\w*[XfF]|--(method|field|raw-field|input))))", "medium",
+        "Acts on the forge"),
+    Ask("gcloud gsutil az fly vercel netlify heroku rclone s3cmd", "", "medium", "Acts on a cloud"),
+    Ask("aws", r"^ (?!\S+ (ls|list\S*|describe\S*|get-caller-identity)\b)", "medium", "Acts on a cloud"),
+    Ask("kubectl", r"^ (?!(get|describe|logs|version|top|explain)\b)|secret", "medium", "Acts on a cloud"),
+    Ask("terraform", r"^ (?!(plan|validate|fmt|version)\b)", "medium", "Acts on a cloud"),
+    Ask("docker podman", r"^ (?!(ps|images|logs|version|info|stats|top|port|compose (ps|logs))\b)", "high",
+        "Runs something in a container"),
+    Ask("crontab", r"^ (?!-l$)|^$", "high", "Changes what runs by itself"),
+    Ask("launchctl", r"^ (?!(list|print)\b)", "high", "Changes what runs by itself"),
+    Ask("systemctl", r"^ (?!(status|list\S*|is-\S+|show)\b)", "high", "Changes what runs by itself"),
+    Ask("at batch chsh", "", "high", "Changes what runs by itself"),
+    Ask("brew pm2", r"^ (services|startup)\b", "high", "Changes what runs by itself"),
+    Ask("pi oppi claude codex gemini aider opencode cursor-agent", "", "high", "Starts another agent, or changes this server"),
+    Ask("make gmake", r" -\w*f ?-( |$)", "high", "Runs code from elsewhere"),
+    Ask("sqlite3", r"\.(shell|system|import|output|once|load)|load_extension", "high", "Runs another program"),
+    Ask("ps", r"^ [a-zA-Z]*e[a-zA-Z]*( |$)| -\w*E", "medium", "Prints the environment of programs"),
+    Ask("env compgen", "", "medium", "Prints the whole environment"),
+    Ask("printenv export set declare typeset readonly local", r"^( -\S+)*$| -\w*p", "medium", "Prints the whole environment"),
+    Ask("jq", r"\benv\b|ENV|\b(import|include|modulemeta|get_search_list)\b", "medium", "Reads the environment, or other files"),
+    Ask("fd fdfind", r" (-\w*[xX]|--exec)", "high", "Runs another program"),
+    Ask("security pass op bw secret-tool docker-credential-osxkeychain docker-credential-desktop", "", "high",
+        "Reads stored passwords or keys"),
+    Ask("gpg gpg2", " --export-s", "high", "Reads stored passwords or keys"),
+    Ask("shutdown reboot halt poweroff killall pkill", "", "high", "Stops processes or the machine"),
+    Ask("open xdg-open osascript automator", "", "high", "Starts an application"),
+    Ask("tar gtar bsdtar", r" --(?!exclude|strip|dir|gz|bz|xz|zs|file|verb|list|creat|extr|get|wildc|no-same|version|help|null)|"
+        r" -\w*[IF]|^ \w*[IF]", "high", "Runs another program"),
+    Ask("rg", " --(pre|hostname-bin)", "high", "Runs another program"),
+    Ask("sort", " --co", "high", "Runs another program"),
+    Ask("awk gawk mawk", r"system|getline|\bprintf?\b[^;}\n]*[>|]|\|&| -\w*[fi]|@(load|include)|ENVIRON", "high",
+        "Runs another program, or reads or writes elsewhere"),
+    Ask("vi vim nvim emacs less more man", "", "medium", "Needs a terminal, from which it can run anything"),
+)  # fmt: skip
+NEVER = (
+    "Privilege escalation (sudo, doas, su)", "Reading or writing credential files", "Secrets of the environment (printenv X_KEY)",
+    "Deleting or changing the system or the home directory", "Overwriting a disk", "Fork bombs", "Writing system files",
+    "Calling this server",
+)  # fmt: skip
+ASKS_OF: dict[str, list[Ask]] = {}
+for _row in ASKS:
+    for _name in _row.programs.split():
+        ASKS_OF.setdefault(_name, []).append(_row)
 
 
 def absolute(path: str, ctx: Context, cwd: str = "") -> str:
     """`path` as the tool will see it: `~` and the working directory applied, `.` and `..` removed."""
-    import posixpath
+    path = _joined(path, ctx, cwd)
+    return posixpath.normpath(path) if "/." in path or "//" in path or path[-1:] == "/" else path
 
-    if path == "~" or path.startswith("~/"):
+
+def _joined(path: str, ctx: Context, cwd: str = "") -> str:
+    if path[:1] == "~" and path[1:2] in ("", "/"):
         path = ctx.home + path[1:]
-    return posixpath.normpath(posixpath.join(cwd or ctx.cwd, path))
+    return path if path[:1] == "/" else f"{cwd or ctx.cwd}/{path}"
 
 
 def inside(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def guarded(path: str, root: str) -> bool:
+    """`inside` for what must not be touched: as a file system sees it that ignores case, as a Mac's."""
+    return inside(path.casefold(), root.casefold())
 
 
 def base_name(word: str) -> str:
@@ -902,173 +1676,582 @@ def base_name(word: str) -> str:
 
 
 def normal_words(words: Sequence[str]) -> tuple[str, ...]:
-    """Words as the tables know them: wrappers gone, program by its base name, git's own options gone."""
-    words = list(words)
-    while len(words) > 1 and base_name(words[0]) in WRAPPERS and not words[1].startswith("-"):
-        words = words[1:]
-    words[0] = base_name(words[0]).lower()  # a Mac's file system ignores case
+    """Words as the tables know them: program by its base name, git's own options gone."""
+    name = base_name(words[0]).lower()  # a Mac's file system ignores case
+    if name.startswith("git-"):
+        words = ["git", name[4:], *words[1:]]
+    elif name[:1] == "g" and name[1:] in GNU_NAMES:
+        words = [name[1:], *words[1:]]
+    else:
+        words = [re.sub(r"^(python|perl|ruby|php|lua|node)(js)?[\d.]+$", r"\1", name), *words[1:]]
     if words[0] == "git":
         while len(words) > 1 and words[1].startswith("-"):
             del words[1 : 3 if words[1] in GIT_VALUES else 2]
     return tuple(words)
 
 
-def actions_of(call: Call, ctx: Context) -> list[Action] | None:
-    """What a call does, or None when that is not certain."""
+def actions_of(call: Call, ctx: Context) -> list[Action]:
+    """What a call does, with a remark for what is not certain."""
     tool = call.tool.lower()
     if tool in FILE_TOOLS:
         path = call.input.get("path", "." if tool in ("ls", "find", "grep") else None)
         if not isinstance(path, str) or not re.fullmatch(r"@?(?!file:)[^\0@\u00a0\u2000-\u200a\u202f\u205f\u3000]+", path):
-            return None  # pi reads these in ways of its own
-        return [Action(FILE_TOOLS[tool], (tool,), absolute(path.lstrip("@"), ctx))]
+            return [_remark("A path that pi reads in ways of its own", raw=str(path))]
+        found = [_file(FILE_TOOLS[tool], path.lstrip("@"), ctx)._replace(words=(tool,))]
+        pattern = str(call.input.get({"grep": "glob", "find": "pattern"}.get(tool, "")) or "")
+        name = base_name(pattern)
+        secret = tool == "grep" and name.strip("*.") and any(glob_match(name, secret) for secret in SECRET_FILES)
+        if secret or ".." in pattern:
+            found.append(_remark("May reach secret files, or files elsewhere"))
+        return found
     if tool != "bash":
         return [Action("tool", (call.tool,))]
     command = call.input.get("command")
-    parsed = parse_shell(command) if isinstance(command, str) else None
-    return None if parsed is None else _command_actions(parsed, ctx)
+    if not isinstance(command, str):
+        return [_remark("No command")]
+    return _Unfolding(ctx).script(command) or [Action("tool", (call.tool,))]
 
 
-def _command_actions(parsed: Sequence[Command], ctx: Context) -> list[Action] | None:
-    """The actions of simple commands; a `cd` moves those after it, if they run only when it worked."""
-    actions: list[Action] = []
-    cwd, moved, before = ctx.cwd, False, ""
-    for item in parsed:
-        words = normal_words(item.words)
-        if _opaque(words) or (moved and (item.joint not in ("&&", "|") or (item.joint == "|" and before == "cd"))):
-            return None
-        before = words[0]
-        plain = item.words[0].rpartition("/")[0] in TRUSTED and not (words[0] == "git" and item.words[1:2] != words[1:2])
-        actions.append(Action("run", words, "", cwd, " ".join(item.words), item.joint == "|", plain))
-        actions += [Action("write", path=absolute(path, ctx, cwd)) for path in item.writes]
-        actions += [Action("read", path=absolute(path, ctx, cwd)) for path in item.reads]
-        if words[0] == "cd":
-            if len(words) > 2 or item.joint in ("|", "||") or item.words[0] != "cd" or words[-1].startswith("-"):
+def _file(verb: str, path: str, ctx: Context, cwd: str = "") -> Action:
+    lexical, joined = absolute(path, ctx, cwd), _joined(path, ctx, cwd)
+    paths = (lexical,) if MARK.search(path) else (lexical, ctx.real_path(lexical), ctx.real_path(joined))
+    return Action(verb, path=lexical, raw=joined, paths=paths, targets=paths if verb == "write" else ())
+
+
+def _remark(reason: str, risk: str = "high", raw: str = "") -> Action:
+    return Action("remark", (risk, reason), raw=raw)
+
+
+class _Unfolding:
+    """Takes the commands of a script apart into actions."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, self.depth, self.plain = ctx, 0, True
+        self.actions: list[Action] = []
+        self.cwds: tuple[str, ...] = (ctx.cwd,)
+        self.values: Mapping[str, Sequence[str]] = {}
+        self.functions: set[str] = set()
+
+    def script(self, text: str) -> list[Action]:
+        """The actions of `text`, which bash runs."""
+        parsed = parse_shell(text) if self.depth < 5 else None
+        if parsed is None:
+            self.actions.append(_remark("Not recognised as commands", raw=text))
+            return self.actions
+        kept, self.values, self.depth = self.values, parsed.values, self.depth + 1
+        self.functions |= parsed.functions
+        sets = [name for command in parsed.commands for name, value in command.sets if value not in ("", "cat", "true", ":")]
+        self.remarks(any(map(TAKEN_OVER.fullmatch, sets)), "Makes programs run something else")
+        self.plain = self.plain and not any(CHANGED_PROGRAMS.fullmatch(name) for name in [*sets, *parsed.values])
+        commands = [(command, words) for command in parsed.commands for words in self.expand(command.words)]
+        leading = self.depth == 1
+        for command, words in commands:
+            moves = words[:1] == ("cd",) or (words[:1] in (("command",), ("builtin",)) and "cd" in words)
+            leading = leading and command.then and moves
+            if moves:
+                self.enter(command, words[words.index("cd") :], leading)
+        for command, words in commands:
+            self.command(command, words)
+        for name in sorted(filter(SECRET_VARIABLE.search, parsed.seen)):
+            if f"\0{name}\0" in parsed.values.get(name, [f"\0{name}\0"]):
+                self.actions.append(_remark(f"Uses the secret ${name}", "medium"))
+        self.values, self.depth = kept, self.depth - 1
+        return self.actions
+
+    def remarks(self, present: Any, reason: str, risk: str = "high", words: Sequence[str] = ()) -> None:
+        if present:
+            self.actions.append(_remark(reason, risk, " ".join(words)))
+
+    def expand(self, words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
+        """What the words of a command may be, one variant after the other."""
+        choices = [self.choices(word, ()) for word in words]
+        if math.prod(map(len, choices)) > COMBINATIONS:
+            choices = [[word] if len(found) == 1 else [ANY] for word, found in zip(words, choices)]
+        for variant in itertools.product(*choices):
+            yield tuple(word.replace("\4", "") for word in variant if word.strip("\4") or not word)
+
+    def choices(self, word: str, active: tuple[str, ...]) -> list[str]:
+        """What a word may be; \\4 stands where an unquoted value is empty."""
+        found, last = [""], 0
+        for mark in MARK.finditer(word):
+            values = self.held(mark, active)
+            found = [head + word[last : mark.start()] + value for head in found for value in values]
+            last = mark.end()
+            if len(found) > COMBINATIONS:
+                return [ANY]
+        return [head + word[last:] for head in found]
+
+    def held(self, mark: re.Match[str], active: tuple[str, ...]) -> list[str]:
+        """What may stand for a mark."""
+        kind, name = mark.group(1), mark.group(2)
+        if kind is None or name == "#":
+            return [mark.group()]
+        if not name or name in active:
+            return [kind + "\0"]
+        own = [self.ctx.home] if name == "HOME" else [EMPTY, ENVIRONMENT]
+        values = self.values.get(name, (f"\0{name}\0",))
+        found = [text for v in values for text in (own if v == f"\0{name}\0" else self.choices(v, (*active, name)))]
+        if kind == "\1":  # split into words, if it is not one
+            found = [ANY_WORDS if re.search(r"[\s*?\[\2\0]", text) else text or "\4" for text in found]
+        return list(dict.fromkeys(found))
+
+    def enter(self, command: Command, words: tuple[str, ...], leading: bool) -> None:
+        """A `cd` adds to where everything may run; if all else runs only when it worked, that is where it runs."""
+        target = words[1] if len(words) == 2 else "~"
+        known = len(words) < 3 and not target.startswith("-") and not _is_computed(target)
+        moves = [absolute(target, self.ctx, cwd) for cwd in self.cwds] if known else []
+        self.cwds = tuple(dict.fromkeys(moves if leading and known else [*self.cwds, *moves]))
+        relative = not target.startswith(("/", "~"))
+        if not known or len(self.cwds) > PLACES or (relative and command.within):
+            self.actions.append(_remark("Where it runs is not certain", "medium"))
+            self.cwds = self.cwds[:PLACES]
+
+    def command(self, command: Command, words: tuple[str, ...]) -> None:
+        for verb, paths in (("write", command.writes), ("read", command.reads)):
+            for path in {variant for word in paths for variant in self.choices(word, ())}:
+                if ANY_TEXT.search(path) or ENVIRONMENT in path or EMPTY in path:
+                    self.actions.append(_remark(f"Where it {verb}s is computed when it runs"))
+                if re.match(r"/dev/(tcp|udp)/", path):
+                    self.actions.append(_remark("Raw network connection"))
+                else:
+                    self.actions += [_file(verb, path.replace(EMPTY, ""), self.ctx, cwd) for cwd in self.cwds]
+        if command.fed and words and words[0] in command.within:
+            self.actions.append(Action("run", ("forkbomb",)))
+        if words:
+            self.run(words, command)
+
+    def run(self, words: tuple[str, ...], command: Command, via: tuple[str, ...] = ()) -> None:
+        """The actions of one program with its words, and of what it runs in turn."""
+        doubtful = any(EMPTY in word for word in words)
+        words = tuple(word.replace(EMPTY, "") for word in words)
+        name = base_name(words[0]).lower()
+        if _is_computed(words[0]) or not name or not name.isascii() or len(via) > DEPTH:
+            self.remarks(True, "Which program runs is not certain", words=words)
+            return
+        known = name[1:] if name[:1] == "g" and name[1:] in WRAPPERS else name
+        if known in WRAPPERS and words[1:2] not in (("-v",), ("-V",)):
+            inner = self.unwrapped(known, words)
+            if inner:
+                self.run(tuple(inner), command, (*via, name))
+                return
+            hidden = inner is None
+        else:
+            hidden = self.hides(name, words, command, via)
+        self.remarks(hidden, "What it runs is not looked into", words=words)
+        normal = normal_words(words)
+        options = words[1 : len(words) - len(normal) + 1] if normal[0] == "git" else ()
+        self.remarks(any(re.match(r"-c|--exec-path=|--config-env", word) for word in options), "Changes what git runs")
+        hiding = name not in MENTIONING and PRIVILEGE.intersection(map(base_name, words[1:]))
+        self.remarks(hiding, "May run another program as root")
+        self.remarks(name in ASKS_OF and GLOB in "".join(words[1:2]), "A file name decides what it does")
+        own = self.plain and words[0] not in self.functions
+        plain = (
+            own and not options and words[0].rpartition("/")[0] in TRUSTED and base_name(words[0]) == words[0].rpartition("/")[2]
+        )
+        cwds = self.cwds
+        for option, value in zip(options, options[1:]):
+            cwds = tuple(absolute(value, self.ctx, cwd) for cwd in cwds) if option == "-C" else cwds
+        operands = _path_words(normal)
+        files = [word for word in operands if not word.startswith("-")]
+        moved = [f"{to}/{base_name(word.rstrip('/'))}" for to in files for word in files[:-1]] if normal[0] in COPIERS else []
+        paths = _paths([*operands, *options, *moved[:PATH_LIMIT]], self.ctx, cwds)
+        last = normal[0] in COPIERS - {"mv"} and not any(re.match(r"-\w*t|--t", word) for word in normal)
+        targets = _paths([*files[-1:], *moved], self.ctx, cwds) if last else paths
+        if normal[0] in INTERPRETERS | {"awk", "gawk", "mawk"} or (
+            normal[0] == "sed" and not any(map(SED_IN_PLACE.match, normal))
+        ):
+            targets = _paths(files[1:], self.ctx, cwds) if normal[0] in INTERPRETERS else ()
+        raw, source = " ".join(words), command.source
+        self.actions.append(
+            Action(
+                "run", normal, "", raw, cwds, command.fed, plain, paths, targets, via, source, command.text, doubtful, own, words
+            )
+        )
+
+    def hides(self, name: str, words: tuple[str, ...], command: Command, via: tuple[str, ...]) -> bool:
+        """Looks into a program that runs other programs; whether it cannot be."""
+        if name in ("source", ".") and len(words) == 2 and words[1].endswith("/bin/activate") and words[1][0] not in "/~":
+            self.plain = False  # a virtual environment of the workspace
+            return False
+        if name == "trap":
+            self.script(words[1]) if words[1:2] not in (("-",), ("",), ()) else None
+            return False
+        if name in HIDERS:
+            return name != "tmux" or not re.fullmatch(TMUX_READS, "".join(words[1:2]))
+        if name == "eval":
+            self.script(" ".join(words[1:]))
+            return True
+        if name == "set":
+            return not all(re.fullmatch(r"[-+][euxo]+|pipefail", word) for word in words[1:])
+        if name == "find":
+            self.found(words, command, via)
+        elif name in ("sed", "gsed"):
+            return not _sed_is_harmless(words)
+        elif name in SHELLS and any(re.match("-[a-z]*c", word) for word in words):
+            known = re.fullmatch("-[elux]*c", words[1]) is not None and len(words) > 2 and name in ("sh", "bash", "dash")
+            self.script(words[2] if known else " ".join(words[1:]))
+            return not known
+        elif name in SHELLS and command.text:
+            self.script(command.text)
+        return False
+
+    @staticmethod
+    def unwrapped(name: str, words: tuple[str, ...]) -> Sequence[str] | None:
+        """What a wrapper runs: nothing if there is no more, None if that is not certain."""
+        valued, flags, operands = WRAPPERS[name]
+        at, replaced = 1, ""
+        while at < len(words) and words[at].startswith("-") and words[at] != "--":
+            rest = words[at][1:].lstrip(flags) if flags else words[at][1:]
+            if re.fullmatch("--[a-z-]+=[^=]+", words[at]) and name in ("timeout", "nice", "stdbuf"):
+                at += 1
+                continue
+            if MARK.search(words[at]) or (rest and rest[0] not in valued) or (replaced and rest[:1] in ("n", "L")):
                 return None
-            cwd, moved = absolute(words[1] if len(words) == 2 else "~", ctx, cwd), True
-    return actions
+            if rest[:1] == "I":
+                replaced = rest[1:] or "".join(words[at + 1 : at + 2])
+            at += 2 if len(rest) == 1 else 1
+        at += words[at : at + 1] == ("--",)
+        while name == "env" and at < len(words) and re.match("[^=]+=", words[at]):
+            if CHANGED_PROGRAMS.match(words[at].partition("=")[0]):
+                return None
+            at += 1
+        inner = words[at + operands :]
+        if name == "xargs":
+            inner = tuple(ANY if replaced and replaced in word else word for word in inner or ("echo",))
+            return inner if replaced else (*inner, ANY_WORDS)
+        return inner
+
+    def found(self, words: tuple[str, ...], command: Command, via: tuple[str, ...]) -> None:
+        """What find runs, or writes to.  What it finds is below the folders it starts from."""
+        roots = list(itertools.takewhile(lambda word: not word.startswith(("-", "(", "!")), words[1:])) or ["."]
+        known = not any(_reaches(absolute(root, self.ctx, cwd), self.ctx, True) for root in roots for cwd in self.cwds)
+        at = 0
+        while at < len(words):
+            word, at = words[at], at + 1
+            if word in ("-exec", "-execdir", "-ok", "-okdir"):
+                end = next((i for i in range(at, len(words)) if words[i] in (";", "+")), len(words))
+                for root in roots if known and word == "-exec" else [ANY]:
+                    name = root if root == ANY else f"{root}/{GLOB}"
+                    self.run(tuple(inner.replace("{}", name) for inner in words[at:end]) or ("",), command, (*via, "find"))
+                at = end
+            elif word.startswith(("-fprint", "-fls")):
+                self.actions += [_file("write", path, self.ctx) for path in words[at : at + 1]]
 
 
-def _opaque(words: tuple[str, ...]) -> bool:
-    """Whether a recognised command hides another one that is not looked into."""
-    options = words[1:]
-    if words[0] in OPAQUE | WRAPPERS and not (words[0] == "env" and not options):
-        return True
-    if words[0] == "find":
-        return any(re.match(r"-(exec|ok|delete|fprint|fls)", word) for word in options)
-    return words[0] in SHELLS and any(re.match(r"-[a-z]*c", word) for word in options)
+def _path_words(words: Sequence[str]) -> list[str]:
+    """The words of a command that may be paths, or options: without texts, patterns and messages."""
+    name, rest = words[0], list(words[1:])
+    if name in HELPERS and name != "cd":
+        return []
+    if name in ("grep", "rg", "ag", "ack") and not any(re.match(r"-[A-Za-z]*[ef]|--(reg|file)", word) for word in rest):
+        first = next((at for at, word in enumerate(rest) if not word.startswith("-")), len(rest))
+        return rest[:first] + rest[first + 1 :]
+    dropped: tuple[str, ...] = ()
+    if name == "find":
+        dropped = ("-name", "-iname", "-path", "-ipath", "-wholename", "-regex", "-iregex", "-type", "-size", "-printf")
+    elif name == "git" and rest[:1] in (["commit"], ["tag"], ["stash"], ["notes"], ["merge"]):
+        dropped = ("-m", "-am", "--message")
+        rest = [word for word in rest if not re.match("-a?m.|--message=", word)]
+    return [word for before, word in zip([name, *rest], rest) if before not in dropped]
 
 
-def _paths(action: Action, ctx: Context) -> list[str]:
-    """Every path an action may touch, lexical and with symlinks resolved."""
-    if action.verb != "run":
-        return [action.path, ctx.real_path(action.path)] if action.path else []
-    found = []
-    for word in action.words[1:]:
-        for part in {word, word.partition("=")[2], word.lstrip("@"), re.sub(r"^-+\w", "", word)} - {""}:
-            if "\0" not in part and len(part) < 4096:
-                path = absolute(part, ctx, action.cwd)
-                found += [path, ctx.real_path(path)]
-    return found
+def _is_computed(word: str) -> bool:
+    return MARK.search(word) is not None or ENVIRONMENT in word or EMPTY in word
+
+
+def _sed_is_harmless(words: Sequence[str]) -> bool:
+    """Whether sed only edits: its script runs nothing and writes nowhere else."""
+    scripts, rest = [], list(words[1:])
+    while rest and rest[0].startswith("-") and rest[0] != "--":
+        option = rest.pop(0)
+        name, glued, value = option.partition("=")
+        if name in (
+            "--expression",
+            "--quiet",
+            "--silent",
+            "--in-place",
+            "--regexp-extended",
+            "--null-data",
+            "--separate",
+            "--version",
+        ):
+            scripts += (
+                [value] if name == "--expression" and glued else [rest.pop(0) if rest else ""] if name == "--expression" else []
+            )
+        elif match := re.match(r"-[nErsuz]*(?:e(.*)|i.*)?$", option):
+            scripts += [match.group(1) or (rest.pop(0) if rest else "")] if match.group(1) is not None else []
+        else:
+            return False
+    scripts = scripts or [word for word in rest if word][:1]
+    return all(_is_sed_script(script) for script in scripts)
+
+
+def _is_sed_script(script: str) -> bool:
+    at = 0
+    while at < len(script):
+        match = SED_COMMAND.match(script, at)
+        if match is None or match.end() == at:
+            return False
+        at = match.end()
+    return True
+
+
+def _paths(words: Sequence[str], ctx: Context, cwds: Sequence[str]) -> tuple[str, ...]:
+    """Every path that words of a command may stand for, also inside of options, lexical and with symlinks resolved."""
+    parts: dict[str, None] = {}
+    dashes = True
+    for word in words:
+        if not word.startswith("-") or not dashes:
+            parts[word] = None
+        else:
+            parts[re.sub(r"^-+\w", "", word)] = None
+        if re.search("[=@:]", word):
+            parts.update(dict.fromkeys((word.partition("=")[2], word.rpartition("@")[2], word.rpartition(":")[2])))
+        dashes = dashes and word != "--"
+    found: dict[str, None] = {}
+    for part in parts:
+        if part and len(part) < 4096 and not ANY_TEXT.search(part):
+            for cwd in cwds:
+                found[absolute(part, ctx, cwd)] = None
+                if len(found) < PATH_LIMIT and not MARK.search(part):
+                    found[ctx.real_path(_joined(part, ctx, cwd))] = None
+    return tuple(found)
 
 
 def _secret(path: str, ctx: Context) -> bool:
-    if inside(path, ctx.data_dir) and re.search(DATA_SECRETS, path):
-        return True
-    return bool(re.search(SECRET_DIRS, path) or re.search(SECRET_FILES, path))
+    found = SECRET_PATH.search(path)
+    return found is not None and (found.lastgroup != "own" or guarded(path, ctx.data_dir))
+
+
+@functools.lru_cache(maxsize=8)
+def _secret_places(home: str, agent_dir: str, data_dir: str) -> list[list[str]]:
+    """Where credentials are known to lie, in lower case and in parts."""
+    places = [f"{home}/{name}" for name in SECRET_HOMES] + [f"{agent_dir}/auth.json"]
+    places += [f"{data_dir}/{name}" for name in ("config.json", "devices.json", "identity_ed25519", "apns.json")]
+    return [place.casefold().split("/") for place in places]
+
+
+def _reaches(path: str, ctx: Context, below: bool) -> bool:
+    """Whether a path with globs may be one of credentials; with `below` also if such may be below it."""
+    parts = path.casefold().rstrip("/").split("/")
+    for wanted in _secret_places(ctx.home, ctx.agent_dir, ctx.data_dir):
+        if (below or len(parts) >= len(wanted)) and all(map(_part_matches, parts, wanted)):
+            return True
+    return GLOB in parts[-1] and any(_part_matches(parts[-1], name) for name in SECRET_FILES[:-1])
+
+
+def _part_matches(pattern: str, name: str) -> bool:
+    """Whether a part of a path, in which each GLOB is any text, can be `name`."""
+    if GLOB not in pattern or pattern.count(GLOB) > 8:
+        return pattern == name or GLOB in pattern
+    pattern = re.sub(f"{GLOB}+", GLOB, pattern)
+    if name[:1] == "." and pattern[0] == GLOB:
+        return False
+    return re.fullmatch(".*".join(map(re.escape, pattern.split(GLOB))), name) is not None
 
 
 def _wide(path: str, ctx: Context) -> bool:
     """Whether deleting or changing everything below `path` is a catastrophe."""
+    path = path[: -len(GLOB) - 1] or "/" if path.endswith("/" + GLOB) else path
     return path in ("/", ctx.home) or inside(ctx.home, path) or path in SYSTEM_ROOTS or path.count("/") == 1
 
 
 def _hard(action: Action, ctx: Context) -> str:
     """Why an action is never allowed, or ""."""
-    paths = _paths(action, ctx)
-    if any(_secret(path, ctx) for path in paths):
+    if any(_secret(path, ctx) for path in action.paths):
         return "Blocked access to secret credential files"
-    if action.verb == "write" and any(inside(path, root) for path in paths for root in SYSTEM_ROOTS):
+    if action.verb == "write" and any(guarded(path, root) for path in action.paths for root in SYSTEM_ROOTS):
         return "Blocked write to system files"
     if action.verb != "run":
-        return ""
+        return "Blocked access to secret credential files" if base_name(action.path) == "auth.json" else ""
     name, text = action.words[0], action.text
+    if name not in HELPERS and any(base_name(word) == "auth.json" for word in action.words[1:]):
+        return "Blocked access to secret credential files"
     if name in PRIVILEGE:
         return "Blocked privilege escalation"
-    if name == "printenv" and re.search(r"(KEY|SECRET|TOKEN|PASSWORD)", text, re.I):
+    if name == "forkbomb":
+        return "Blocked fork bomb"
+    if name == "printenv" and SECRET_VARIABLE.search(text):
         return "Blocked access to secrets in the environment"
-    recursive = re.search(r" (-[a-zA-Z]*[rR]|--r)", text)
-    if name in ("rm", "chmod", "chown", "chgrp") and recursive and any(_wide(path, ctx) for path in paths):
-        return "Blocked catastrophic change"
-    if name.startswith("mkfs") or (name == "dd" and any(inside(path, "/dev") for path in paths)):
+    deleting = " -delete" in text if name == "find" else name == "mv" or re.search(r" (-[a-zA-Z]*[rR]|--r)", text)
+    if name in ("rm", "chmod", "chown", "chgrp", "find", "mv") and deleting and not action.doubtful:
+        operands = [word for word in _path_words(action.words) if not word.startswith("-")]
+        if any(_wide(path, ctx) for path in _paths(operands[:-1] if name == "mv" else operands, ctx, action.cwds)):
+            return "Blocked catastrophic change"
+    if name.startswith(("mkfs", "newfs", "mke2fs", "wipefs", "sgdisk", "blkdiscard", "badblocks")) or re.match(
+        "diskutil (erase|partition|zero|secureerase)", text.lower()
+    ):
         return "Blocked disk overwrite"
+    if name in WRITERS and any(DISKS.match(path) for path in action.targets):
+        return "Blocked disk overwrite"
+    if ctx.port and str(ctx.port) in text:
+        calls = name in FETCHERS or "network" in "".join(ask.reason for ask in ASKS_OF.get(name, ()))
+        if calls and re.search(rf"(^|\D){ctx.port}(\D|$)", text):
+            return "Blocked call to this server"
     return ""
 
 
 def _protected(action: Action, ctx: Context) -> str:
     """Why an action that changes what guards the agent must always be asked about, or ""."""
-    if action.verb == "read" or (action.verb == "run" and _only_reads(action)):
+    if action.verb in ("read", "remark") or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
         return ""
-    for path in _paths(action, ctx):
-        holds = path not in ("/", ctx.home) and any(inside(kept, path) for kept in (ctx.data_dir, ctx.agent_dir))
-        if holds or inside(path, ctx.data_dir) or inside(path, ctx.agent_dir):
+    kept = [each.casefold() for each in (ctx.data_dir, ctx.agent_dir, *ctx.protected)]
+    home, above = ctx.home.casefold(), ("/", ctx.home.casefold(), ctx.cwd.casefold())
+    name = action.words[0] if action.words else ""
+    if name in ("tar", "unzip", "curl", "wget") and ctx.home in action.paths:
+        return "Writes into your home directory"
+    system = SYSTEM_FILES + PROGRAM_FILES if name in WRITERS else SYSTEM_FILES
+    for path in action.targets:
+        low = path.casefold()  # a Mac's file system ignores case
+        if any(inside(low, each) or (inside(each, low) and low not in above) for each in kept):
             return f"Modifying {base_name(path)} requires approval"
-        if any(inside(path, root) for root in SYSTEM_FILES):
+        if low.startswith(system):
             return f"Modifying {base_name(path)} changes the system"
-        if inside(path, ctx.home) and path[len(ctx.home) + 1 :] in START_FILES:
+        if inside(low, home) and low[len(home) + 1 :] in START_FILES:
             return f"Modifying {base_name(path)} changes what every new shell runs"
-        if re.search(r"/\.git/(hooks(/|$)|config$)|/LaunchAgents(/|$)|/fetch/allowed_domains\.txt$", path):
+        git = re.search(r"/\.git(/|$)|/head$", low) and (action.verb == "write" or (name in COPIERS and low.endswith("/.git")))
+        if SELF_STARTING.search(low) or git:
             return f"Modifying {base_name(path)} changes what runs by itself"
     return ""
 
 
 def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
     """(risk, reason) of a pattern that leaks data or runs code from elsewhere, or ("", "")."""
+    if action.verb == "remark":
+        return action.words[0], action.words[1]
+    if any(GLOB in path and _reaches(path, ctx, False) for path in action.paths):
+        return "high", "May reach secret credential files"
+    name, options = action.words[0] if action.words else "", action.words[1:]
+    deep = DEEP_READERS.get(name)
+    if deep is not None and re.search(deep, " ".join(action.words)):
+        here = action.cwds if name != "rg" or re.search(r" -(\w*[u.]|-hidden|-no-ignore)", action.text) else ()
+        if any(_reaches(path, ctx, True) for path in (*action.paths, *here)):
+            return "high", "Reads a folder that holds credentials"
     if action.verb != "run":
         return "", ""
-    name, options = action.words[0], action.words[1:]
-    if name in INTERPRETERS and (action.piped or (name in SHELLS and not options)):
-        return "high", "Pipe to shell (arbitrary code execution)"
-    if name in ("curl", "wget", "http", "https", "xh"):
-        sends = any(re.match(DATA_FLAGS, word) for word in options) or re.search(UNSAFE_METHOD, " ".join(options))
-        places = [word for word in options if not word.startswith("-") and re.search("[.:/]", word)]
-        local = not ctx.preset and places and all(re.match(LOOPBACK, word) for word in places)
-        if (sends or name not in ("curl", "wget")) and not local:
-            return "medium", "Outbound data transfer"
+    if name in INTERPRETERS:
+        devices = [word for word in options if word in ("-", "-s") or word.startswith(("/dev/", "/proc/"))]
+        inline = any(re.match("-[A-Za-z0-9]*[cemEpr]|--e|--p|eval$", word) for word in options)
+        script = bool(options) and (options[0][:1] != "-" or inline) and not devices
+        shown = bool(action.code) and name not in SHELLS
+        if (
+            (action.fed and not shown and not script)
+            or (name in SHELLS and not options)
+            or any("/fd/" in word for word in devices)
+        ):
+            return "high", "Pipe to shell (arbitrary code execution)"
+        if RISKY_CODE.search(action.text if inline else action.code):
+            return "high", "Code that deletes, runs programs or uses the network"
+    if name in FETCHERS and (_sends(name, options, ctx) or any(map(MARK.search, options))):
+        return "medium", "Outbound data transfer"
+    if "find" in action.via and name in WRITERS:
+        return "high", "Changes all that it finds"
+    if name not in ARGUMENTS_DO_NOTHING and any(ANY_TEXT.search(word) for word in options):
+        return "medium", "Its arguments are computed when it runs"
     return "", ""
 
 
+def _sends(name: str, options: Sequence[str], ctx: Context) -> bool:
+    """Whether a command of curl and its like may send data to another machine."""
+    longs = [word[2:].partition("=")[0] for word in options if word.startswith("--") and word != "--user-agent"]
+    sends = any(full.startswith(word) or word.startswith(full) for word in longs if len(word) > 1 for full in SENDING)
+    sends = sends or any(DATA_FLAGS.match(word) for word in options) or UNSAFE_METHOD.search(" ".join(options)) is not None
+    places = [word for word in options if not word.startswith("-") and re.search("[.:/]", word)]
+    local = not ctx.preset and places and all(re.match(LOOPBACK, word) for word in places)
+    return (sends or name not in ("curl", "wget")) and not local
+
+
+def _together(actions: Sequence[Action]) -> list[Action]:
+    """Remarks on what several actions of a call do together: what is fetched is run."""
+    runs = [action for action in actions if action.verb == "run"]
+    stored = any(action.verb == "write" or action.words[:1] in (("tee",), ("dd",), ("sponge",)) for action in actions)
+    fetched = any(
+        a.words[0] == "wget" or (a.words[0] in FETCHERS and (stored or re.search(r" -[a-zA-Z]*[oO]|--(out|rem)", a.text)))
+        for a in runs
+    )
+    started = any(a.words[0] in INTERPRETERS or "/" in a.raw.split(" ")[0] or a.words[0] == "chmod" for a in runs)
+    return [_remark("Runs what it has just fetched")] if fetched and started else []
+
+
+def _browser_script(action: Action, ctx: Context) -> str:
+    """Which script of the browser skill an action runs, "" if none: the skill's own, not one of the workspace."""
+    match = re.fullmatch(BROWSER, action.raw.split(" ")[0])
+    places = [absolute(action.raw.split(" ")[0], ctx, cwd) for cwd in action.cwds]
+    own = all("/agent/skills/web-browser/scripts/" in place and not inside(place, ctx.cwd) for place in places)
+    return match.group(1) if match and places and own else ""
+
+
+def _destinations(action: Action, ctx: Context) -> list[set[str]]:
+    """Where the browser skill is sent: for each address its host with all parents of two labels or more."""
+    if _browser_script(action, ctx) != "nav":
+        return []
+    hosts = [re.match(r"https?://([A-Za-z0-9.-]+)(:\d+)?(?:[/?#]|$)", word, re.I) for word in action.words[1:] if word != "--new"]
+    names = [host.group(1).lower() if host else "" for host in hosts]
+    return [{name, *(name.split(".", i)[i] for i in range(1, name.count(".")))} for name in names]
+
+
+def _browser(action: Action, ctx: Context) -> Verdict | None:
+    """The verdict on the scripts of the browser skill, None for anything else."""
+    script = _browser_script(action, ctx)
+    if not script:
+        return None
+    if script == "eval":
+        return Verdict("ask", "medium", "Browser JS execution", "browser")
+    if script != "nav":
+        return Verdict("allow", "low", f"Browser: {script}", "browser")
+    places = _destinations(action, ctx)
+    unlisted = [max(parents, key=len) or "none" for parents in places if not parents & set(ctx.domains)]
+    if unlisted:
+        return Verdict("ask", "medium", f"Browser navigation to unlisted domain: {unlisted[0]}", "browser")
+    return Verdict("allow", "low", "Allowed domain", "browser") if places else None
+
+
 def _bounded(action: Action, ctx: Context) -> bool:
-    """Whether an action only reads, or writes inside the roots, by symlink-free paths."""
+    """Whether an action only reads, or writes inside the roots, whatever symlinks there are."""
     roots = [(ctx.cwd, "readwrite"), (ctx.home + "/.pi", "read"), *ctx.allowed_paths]
 
     def within(path: str, write: bool) -> bool:
-        real = ctx.real_path(path)
-        return any(inside(real, ctx.real_path(root)) and (not write or access == "readwrite") for root, access in roots)
+        return any(
+            all(inside(ctx.real_path(found), ctx.real_path(root)) for found in (path, absolute(path, ctx)))
+            and (not write or access == "readwrite")
+            for root, access in roots
+        )
 
-    if action.verb == "tool":
+    if action.verb not in ("run", "read", "write"):
         return False
     if action.verb != "run":
-        secret = action.words in (("ls",), ("find",), ("grep",)) and (
-            inside(ctx.agent_dir, action.path) or inside(ctx.data_dir, action.path)
-        )
-        return within(action.path, action.verb == "write") and not secret
-    paths = [absolute(word, ctx, action.cwd) for word in action.words[1:] if not word.startswith("-")]
-    holds = any(inside(secret, path) for path in paths for secret in (ctx.agent_dir, ctx.data_dir))
-    return _only_reads(action) and not holds and (action.words[0] == "echo" or all(within(path, False) for path in paths))
+        shown = bool(action.words) or action.verb == "read"  # not a redirection that writes
+        return shown and within(action.raw, action.verb == "write")
+    if not _only_reads(action):
+        return False
+    ends = action.words.index("--") if "--" in action.words else len(action.words)
+    words = [w for at, w in enumerate(action.words) if at and (at > ends or not w.startswith("-"))]
+    paths = [_joined(word, ctx, cwd) for word in words or ["."] for cwd in action.cwds]
+    holds = any(inside(secret, absolute(path, ctx)) for path in paths for secret in (ctx.agent_dir, ctx.data_dir))
+    return action.words[0] in HELPERS or (
+        not holds and not any(map(_is_computed, words)) and all(within(path, False) for path in paths)
+    )
 
 
 def _only_reads(action: Action) -> bool:
     """Whether a command is on the read-only list with all its options."""
     name, words = action.words[0] if action.plain else "", list(action.words[1:])
+    if name == "find":
+        return all(word in FIND_READS for word in words if word.startswith(("-", "(", "!")))
+    if name == "git" and GIT_LISTS.fullmatch(" ".join(words)):
+        return True
     letters = READERS.get(name)
     if name == "git":
-        letters = "oO" if words and words.pop(0) in GIT_READS else None
-    if letters is None or (name == "uniq" and len([w for w in words if not w.startswith("-")]) > 1):
+        command = words.pop(0) if words else ""
+        letters = ("OS" if command == "blame" else "O") if command in GIT_READS else None
+    operands = [word for word in words if not word.startswith("-") or word == "-"]
+    if letters is None or (name == "jq" and JQ_MORE.search(action.text)) or (name == "uniq" and len(operands) > 1):
         return False
-    for word in words if name not in HELPERS else ():
-        if word.startswith("--") and word != "--" and word[2:].partition("=")[0] not in LONG_READS:
+    for word in words if name not in HELPERS or letters else ():
+        long = word[2:].partition("=")[0] if word.startswith("--") else ""
+        if long and (long not in LONG_READS or (long == "follow" and name != "git") or (long == "recursive" and name == "diff")):
             return False
-        if re.match(r"-[^-]", word) and any(letter in word for letter in letters):
+        if re.match(r"-[^-]", word) and (any(letter in word for letter in letters) or "/" in word):
             return False
     return True
 
@@ -1091,18 +2274,31 @@ def glob_match(pattern: str, text: str) -> bool:
 
 def text_match(pattern: str, text: str) -> bool:
     """Command pattern: `*` is any text, everything else literal, and all of the text must match."""
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.S) is not None
+    first, *middle = pattern.split("*")
+    if not middle:
+        return pattern == text
+    last, at = middle.pop(), len(first)
+    for part in middle:
+        found = text.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return text.startswith(first) and text.endswith(last) and len(text) - len(last) >= at
+
+
+MATCH_KEYS = frozenset("executable domain pathPattern commandPattern".split())
 
 
 def rule_view(rule: Json) -> Json:
     """A stored rule of either generation in both vocabularies: what the API serves and the matcher reads.
 
     A rule of the original 1.0 (`effect`, `match`) is converted field by field; one whose effect is
-    unknown asks, and one for a domain or with an unknown scope is kept but not applied.
+    unknown asks, and one with an unknown scope is kept but not applied.
     """
     match = obj(rule.get("match"))
     decision = {"block": "deny"}.get(str(rule.get("decision") or rule.get("effect")), rule.get("decision") or rule.get("effect"))
-    unclear = decision not in ACTIONS or ("effect" in rule and not match and not rule.get("tool"))
+    odd = any(key not in MATCH_KEYS or not isinstance(value, str) for key, value in match.items()) or rule.get("pattern") == ""
+    unclear = decision not in ACTIONS or odd or ("effect" in rule and not match and not rule.get("tool"))
     if unclear:
         decision = "ask"
     pattern = rule.get("pattern") or match.get("commandPattern") or match.get("pathPattern")
@@ -1120,37 +2316,166 @@ def rule_view(rule: Json) -> Json:
     return view
 
 
+def configured_rules(policy: Json) -> list[Json]:
+    """The guardrails and permissions that a configuration of 1.1 holds, as rules for everybody."""
+    rules = []
+    for entry in map(obj, [*arr(policy.get("guardrails")), *arr(policy.get("permissions"))]):
+        match, within = obj(entry.get("match")), obj(entry.get("match")).get("pathWithin")
+        pattern = match.get("commandMatches") or match.get("pathMatches") or (f"{within}/**" if within else None)
+        rule = {"id": f"config:{entry.get('id')}", "decision": entry.get("decision"), "tool": match.get("tool") or "*"}
+        rule.update(executable=match.get("executable"), pattern=pattern, label=entry.get("label") or entry.get("reason"))
+        domain = {"match": {"domain": match["domain"]}} if match.get("domain") else {}
+        rules.append({**rule, "scope": "global", "source": "preset", **domain})
+    return rules
+
+
+def fallback_of(policy: Json) -> str:
+    """What a configuration of 1.1 does with calls that nothing else decides."""
+    fallback = {"block": "deny", "denied": "deny"}.get(str(policy.get("fallback")), policy.get("fallback"))
+    return str(fallback) if fallback in ACTIONS else "allow"
+
+
+def parse_domains(text: str) -> tuple[str, ...]:
+    """The hosts of a domain allowlist: one a line, comments and paths dropped."""
+    lines = (line.partition("#")[0].strip().lower().partition("/")[0] for line in text.splitlines())
+    return tuple(line for line in lines if line)
+
+
+LEARNED_LABEL = re.compile("(Allow|Ask|Deny) exactly: ")
+RULE_FIELDS = ("decision", "label", "tool", "pattern", "executable", "expiresAt")
+
+
+def patched_rule(rule: Json, patch: Json) -> Json:
+    """A stored rule with some of RULE_FIELDS changed; null clears.  Raises BadRequest.
+
+    Whoever changes what a rule matches has seen it: it is no longer the one exact text then."""
+    view = rule_view(rule)
+    decision = {"block": "deny"}.get(str(patch.get("decision")), patch.get("decision", view["decision"]))
+    if decision not in ACTIONS:
+        raise BadRequest('decision must be one of "allow", "ask", "deny"')
+    for name in ("label", "tool", "pattern", "executable"):
+        if not isinstance(patch.get(name, ""), (str, type(None))):
+            raise BadRequest(f"{name} must be a string or null")
+    if patch.get("tool") == "":
+        raise BadRequest("tool cannot be empty")
+    expires = patch.get("expiresAt", rule.get("expiresAt"))
+    if expires is not None and (not isinstance(expires, (int, float)) or isinstance(expires, bool)):
+        raise BadRequest("expiresAt must be a number or null")
+    if expires is not None and expires <= 0:
+        raise BadRequest("expiresAt must be a positive timestamp")
+    changed = {
+        **rule,
+        "decision": decision,
+        "effect": decision,
+        "tool": patch.get("tool", view["tool"]) or "*",
+        "expiresAt": expires,
+    }
+    for name in ("pattern", "executable"):
+        changed[name] = patch.get(name, view.get(name))
+    if any(changed[name] != view.get(name) for name in ("tool", "pattern", "executable")):
+        changed.update(exact=None, match=None)
+        changed["tool"] = "bash" if changed["executable"] and changed["tool"] == "*" else changed["tool"]
+    if changed["tool"] == "*" and not changed["pattern"] and not changed["executable"]:
+        raise BadRequest("rule must specify tool, pattern, or executable")
+    label = patch.get("label", rule.get("label") or rule.get("description"))
+    if LEARNED_LABEL.match(str(label)):
+        label = f"{decision.capitalize()} exactly: {changed['exact']}" if changed.get("exact") is not None else None
+    changed["label"] = changed["description"] = label
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def rule_conflict(rule: Json, rules: Iterable[Json]) -> Json | None:
+    """The rule among `rules` (in `rule_view` form) that already says the same.  Raises BadRequest if one says otherwise."""
+    names = ("tool", "scope", "pattern", "executable", "sessionId", "workspaceId", "exact")
+    view = rule_view(rule)
+    for other in rules:
+        if all(other.get(name) == view.get(name) for name in names):
+            if other["decision"] != view["decision"]:
+                raise BadRequest(
+                    f"Conflicting decision for {view['tool']} rule ({view['scope']} scope): "
+                    f"existing {other['decision']}, requested {view['decision']}"
+                )
+            return other
+    return None
+
+
+def policy_summary(preset: str) -> Json:
+    """What app 1.0 shows of a preset: what is never allowed, what is asked, what usually runs."""
+
+    def item(key: str, title: str, risk: str) -> Json:
+        return {"id": key, "title": title, "risk": risk}
+
+    default, bounded, summary = PRESETS.get(preset, PRESETS["host"])
+    asked = list(dict.fromkeys((ask.reason, ask.risk) for ask in ASKS if not ask.presets or preset in ask.presets))
+    blocked = [item(f"hard-{number}", title, "critical") for number, title in enumerate(NEVER)]
+    needs = [item(f"ask-{number}", title, risk) for number, (title, risk) in enumerate(asked)]
+    needs += [
+        item("heuristic-data-egress", "Outbound data transfer", "medium"),
+        item("heuristic-pipe-shell", "Pipe to shell", "high"),
+        item("heuristic-secret-env-url", "Secrets of the environment", "high"),
+    ]
+    if default == "ask":
+        needs.append(item("default-ask", "Everything that no rule covers", "medium"))
+    if default == "deny":
+        blocked.append(item("default-deny", "Tools that no rule covers", "high"))
+    allowed = ["Read-only commands and files inside the workspace"] if bounded else ["Everything else"]
+    level = "high" if bounded else "standard"
+    lists = {"alwaysBlocked": blocked, "needsApproval": needs, "usuallyAllowed": allowed}
+    return {"supervisionLevel": level, "summary": summary, **lists}
+
+
 def rule_applies(rule: Json, ctx: Context) -> bool:
     """Whether a rule (in `rule_view` form) is in force for this session now."""
     bound = {"session": ("sessionId", ctx.session_id), "workspace": ("workspaceId", ctx.workspace_id), "once": ("id", None)}
-    if obj(rule.get("match")).get("domain"):
-        return False
     name, value = bound.get(rule["scope"], ("", ""))
     expires = rule.get("expiresAt")
-    return (not name or rule.get(name) == value) and not (isinstance(expires, (int, float)) and expires < ctx.now)
+    number = isinstance(expires, (int, float)) and not isinstance(expires, bool)
+    return (not name or rule.get(name) == value) and (expires is None or (number and expires >= ctx.now))
 
 
-def rule_matches(rule: Json, call: Call, action: Action) -> bool:
-    """Whether a rule without `exact` covers one action.  A deny pattern also covers what extends it."""
-    if rule.get("exact") or rule["tool"] not in ("*", call.tool):
+def rule_matches(rule: Json, call: Call, action: Action, ctx: Context) -> bool:
+    """Whether a rule without `exact` covers one action.  One that does not allow also covers what extends its
+    pattern, the command as it was written, and a program behind a wrapper."""
+    allows, executable, domain = rule["decision"] == "allow", rule.get("executable"), obj(rule.get("match")).get("domain")
+    tool, given = str(rule["tool"]).lower(), call.tool.lower()
+    redirected = not allows and given == "bash" and FILE_TOOLS.get(tool) == action.verb
+    if rule.get("exact") is not None or not (tool in ("*", given) or redirected) or (action.verb == "remark" and allows):
         return False
-    allows, executable = rule["decision"] == "allow", rule.get("executable")
-    if executable and (action.verb != "run" or base_name(executable) != action.words[0] or (allows and not action.plain)):
+    if domain:
+        places = _destinations(action, ctx)
+        return bool(places) and all(domain.lower() in ({max(p, key=len)} if allows else p) for p in places)
+    names = (action.words[:1] if action.verb == "run" else ()) + (() if allows else action.via)
+    if executable and (base_name(executable).lower() not in names or (allows and not action.plain)):
         return False
     pattern = rule.get("pattern")
     if not pattern:
-        return True
-    if action.verb == "run":
-        pattern, texts = pattern.strip(), (action.text, action.raw)
-        extended = not allows and any(text.startswith(pattern + " ") for text in texts)
-        return extended or any(text_match(pattern, text) for text in texts[allows and not action.plain :])
-    return glob_match(pattern, action.path) if action.path else text_match(pattern, dumps(call.input))
+        return action.own or not allows
+    if action.path:
+        file = ctx.home + pattern[1:] if pattern.startswith("~/") else pattern
+        if allows:
+            return given != "bash" and all(glob_match(file, path) for path in action.paths)
+        return any(glob_match(file, p) or ("/" not in file and glob_match(file, base_name(p))) for p in action.paths)
+    if given == "bash" and (action.verb == "run" or not allows):
+        pattern = pattern.strip()
+        if allows:
+            texts = (_spelled(action.words), _spelled(action.raw_words))[not action.plain :]
+            return action.own and any(text_match(pattern, text) for text in texts)
+        texts = (action.text, action.raw, action.source, str(call.input.get("command")).strip())
+        return any(text_match(pattern, text) or text.startswith(pattern + " ") for text in texts)
+    return action.verb == "tool" and text_match(pattern, dumps(call.input))
+
+
+def _spelled(words: Sequence[str]) -> str:
+    """Words in one text that shows where each of them ends."""
+    return " ".join(
+        word if word and not re.search(r"[\s'\"]", word) else "'" + word.replace("'", "'\\''") + "'" for word in words
+    )
 
 
 def exact_text(call: Call, ctx: Context) -> str:
     """The text that identifies a call for "always": the command, the path, or the whole input."""
     if call.tool == "bash":
-        return str(call.input.get("command", "")).strip()
+        return str(call.input.get("command", ""))
     path = call.input.get("path")
     return absolute(path, ctx) if call.tool in FILE_TOOLS and isinstance(path, str) else dumps(call.input)
 
@@ -1158,102 +2483,131 @@ def exact_text(call: Call, ctx: Context) -> str:
 def _strictest(verdicts: Iterable[Verdict]) -> Verdict | None:
     found = None
     for verdict in verdicts:
-        rank = (ACTIONS.index(verdict.action), RISKS.index(verdict.risk))
-        if found is None or rank > (ACTIONS.index(found.action), RISKS.index(found.risk)):
+        if found is None or _rank(verdict) > _rank(found):
             found = verdict
     return found
 
 
-def _stored(call: Call, actions: Sequence[Action], rules: Sequence[Json], decisions: tuple[str, ...]) -> list[Verdict]:
+def _rank(verdict: Verdict) -> tuple[int, int, bool]:
+    return ACTIONS.index(verdict.action), RISKS.index(verdict.risk), verdict.layer != "default"
+
+
+def _stored(call: Call, actions: Sequence[Action], rules: Sequence[Json], ctx: Context, *decisions: str) -> list[Verdict]:
+    """What stored rules say, the most specific first: program and pattern, pattern, program, neither; then
+    the longer text before the first star, then the stricter."""
     names = {"session": "session_rule", "workspace": "workspace_rule"}
-    return [
-        Verdict(r["decision"], r["risk"], r["label"], names.get(r["scope"], "global_rule"), r["id"])
-        for r in rules
-        for a in actions
-        if r["decision"] in decisions and rule_matches(r, call, a)
-    ]
+
+    def rank(rule: Json) -> tuple[Any, ...]:
+        pattern, executable = rule.get("pattern") or "", bool(rule.get("executable"))
+        kind = (3 if executable else 2) if pattern else (1 if executable else 0)
+        return kind, len(re.split(r"[*?\[{]", pattern)[0]), ACTIONS.index(rule["decision"])
+
+    found = [r for r in rules if r["decision"] in decisions and any(rule_matches(r, call, a, ctx) for a in actions)]
+    found.sort(key=rank, reverse=True)
+    return [Verdict(r["decision"], r["risk"], r["label"], names.get(r["scope"], "global_rule"), r["id"]) for r in found]
 
 
 def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Verdict:
-    """The verdict on one recognised action, below the layers that judge a call as a whole."""
+    """The verdict on one action, below the layers that judge a call as a whole."""
     preset = PRESETS.get(ctx.preset)
     risk, reason = _heuristic(action, ctx)
     if reason:
         return Verdict("ask", risk, reason, "heuristic")
-    asks = [a for a in ASKS if action.verb == "run" and re.match(a.pattern, action.text)]
+    rest = action.text[len(action.words[0]) :] if action.verb == "run" else ""
+    asks = [ask for ask in ASKS_OF.get(action.words[0], ()) if re.search(ask.pattern, rest)] if action.verb == "run" else ()
     listed = _strictest(Verdict("ask", a.risk, a.reason, "rule") for a in asks if not a.presets or ctx.preset in a.presets)
-    stored = _strictest(_stored(call, [action], rules, ("ask", "allow")))
+    stored = next(iter(_stored(call, [action], rules, ctx, "ask", "allow")), None)
     if stored and not (listed and listed.risk == "high" and stored.action == "allow"):
         return stored
-    if listed:
-        return listed
+    browser = _browser(action, ctx) if action.verb == "run" else None
+    if browser or listed:
+        return _strictest(verdict for verdict in (browser, listed) if verdict) or Verdict("deny", "high", "", "")
     default = preset.default if preset else ctx.fallback
-    if (preset.bounded if preset else ctx.fallback != "allow") and _bounded(action, ctx):
+    if preset and preset.bounded and _bounded(action, ctx):
         return Verdict("allow", "low", "Read-only, or within the workspace", "rule")
     if action.verb == "run" and action.plain and action.words[0] in ctx.allowed_executables and default != "deny":
         return Verdict("allow", "low", f"Workspace allowlist: {action.words[0]}", "rule")
-    if default == "deny" and action.verb in ("run", "read", "write"):
-        return Verdict("ask", "medium" if action.verb == "read" else "high", "Outside the locked workspace", "rule")
+    if preset and default == "deny" and action.verb in ("run", "read", "write"):
+        return Verdict(
+            "ask", "medium" if action.verb == "read" else "high", "Not on the short list of a locked workspace", "rule"
+        )
     risk = {"allow": "low", "ask": "medium", "deny": "high"}[default]
     return Verdict(default, risk, f"No matching rule — using default {default}", "default")
 
 
 def evaluate(call: Call, ctx: Context) -> Verdict:
     """The verdict on a call.  Layers in order: hard denies, stored denies, self-protection, exact
-    approvals, what is not recognised, and then the strictest opinion on the single actions."""
+    approvals, and then the strictest opinion on the single actions."""
     actions = actions_of(call, ctx)
     rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
     text = exact_text(call, ctx)
-    whole = [Action("run", (text or "?",))] if actions is None else actions
-    for action in actions or ():
+    for action in actions:
         if reason := _hard(action, ctx):
             return Verdict("deny", "critical", reason, "hard_deny")
-    if call.tool == "bash" and re.search(FORK_BOMB, text):
-        return Verdict("deny", "critical", "Blocked fork bomb", "hard_deny")
+    if re.search(r"_(KEY|SECRET|TOKEN)", text) and any(action.words[:1] == ("printenv",) for action in actions):
+        return Verdict("deny", "critical", "Blocked access to secrets in the environment", "hard_deny")
     exact = [r for r in rules if r.get("exact") == text and r["tool"] == call.tool]
     denied = [Verdict("deny", r["risk"], r["label"], "learned_deny", r["id"]) for r in exact if r["decision"] == "deny"]
-    denied += [v._replace(layer="learned_deny") for v in _stored(call, whole, rules, ("deny",))]
+    denied += [v._replace(layer="learned_deny") for v in _stored(call, actions, rules, ctx, "deny")]
     if denied:
         return denied[0]
     if ctx.rules_broken:
         return Verdict("ask", "high", "The rules file cannot be read, so everything is asked", "rule")
     if call.tool.startswith("policy."):
         return Verdict("ask", "high", "Policy changes always require approval", "rule")
-    for action in whole:
+    for action in actions:
         if reason := _protected(action, ctx):
             return Verdict("ask", "high", reason, "rule")
     for rule in exact:
         risk = "low" if rule["decision"] == "allow" else rule["risk"]
         return Verdict(rule["decision"], risk, rule["label"], "exact_approval", rule["id"])
-    if actions is None:
-        return Verdict("ask", "high", "Not recognised as a simple command", "rule")
-    return _strictest(_one(call, action, rules, ctx) for action in actions) or Verdict("ask", "high", "Empty", "default")
+    found = _strictest(_one(call, action, rules, ctx) for action in [*actions, *_together(actions)])
+    return found or Verdict("ask", "high", "Empty", "default")
 
 
 def display_summary(call: Call) -> str:
     """The line a phone shows for a call, in full, with what cannot be seen made visible."""
     given = call.input
     if call.tool == "bash":
-        text = str(given.get("command") or "bash (unknown command)")
-    elif call.tool in ("read", "write", "edit"):
+        return visible(str(given.get("command") or "bash (unknown command)"))
+    where = "".join(f" {word} {given[name]}" for word, name in (("in", "path"), ("of", "glob")) if given.get(name))
+    if call.tool in ("read", "write", "edit"):
         text = f"{call.tool.capitalize()} {given.get('path') or 'unknown file'}"
     elif call.tool == "grep":
-        text = f'Grep for "{given.get("pattern") or "?"}"'
-    elif call.tool in ("find", "ls"):
-        text = f"{'Find in' if call.tool == 'find' else 'List'} {given.get('path') or '.'}"
+        text = f'Grep for "{given.get("pattern") or "?"}"{where}'
+    elif call.tool == "find":
+        text = (
+            f"Find in {given.get('path') or '.'}: {given['pattern']}"
+            if given.get("pattern")
+            else f"Find in {given.get('path') or '.'}"
+        )
     else:
-        text = f"{call.tool}({dumps(given)[:100]})"
-    return visible(text)
+        text = f"List {given.get('path') or '.'}" if call.tool == "ls" else f"{call.tool}({dumps(given)})"
+    return visible(text).replace("\n", "\\n")
+
+
+def _once_only(action: Action, ctx: Context) -> bool:
+    """Whether an action is too much to be allowed for good: deletes, publishes, sends, or is not known exactly."""
+    if action.verb != "run":
+        return action.verb == "remark"
+    rest = action.text[len(action.words[0]) :]
+    asked = [ask for ask in ASKS_OF.get(action.words[0], ()) if re.search(ask.pattern, rest)]
+    deletes = action.words[0] in ("rm", "unlink", "rmdir", "mv") or re.match(
+        r"git (rm|branch .*-\w*[dD]|stash (drop|clear))\b", action.text
+    )
+    listed = any(ask.reason != "Git push" or ctx.preset for ask in asked)
+    unsure = _heuristic(action, ctx)[0] == "high" or any(map(ANY_TEXT.search, action.words))
+    return bool(deletes or listed or unsure or _browser_script(action, ctx) == "eval")
 
 
 def resolution_options(call: Call, verdict: Verdict, ctx: Context) -> Json:
     """Which answers besides "once" the phone may offer, and the exact text they would store."""
     actions = actions_of(call, ctx)
     narrow = verdict.risk in ("low", "medium") or (verdict.layer == "rule" and call.tool in ("write", "edit"))
-    always = actions is not None and narrow and not call.tool.startswith("policy.") and not any(
-        _protected(action, ctx) for action in actions
-    )
-    options: Json = {"allowSession": not call.tool.startswith("policy."), "allowAlways": always, "denyAlways": True}
+    once = any(_once_only(action, ctx) or _protected(action, ctx) for action in actions)
+    always = narrow and not once and not call.tool.startswith("policy.") and bool(exact_text(call, ctx).strip())
+    session = not call.tool.startswith("policy.") and bool(exact_text(call, ctx).strip())
+    options: Json = {"allowSession": session, "allowAlways": always, "denyAlways": True}
     if always:
         options["alwaysDescription"] = f"Always allow exactly: {visible(exact_text(call, ctx))}"
     return options
@@ -1685,7 +3039,7 @@ class Translator:
         summary, before = result.get("summary"), result.get("tokensBefore")
         end.update({"summary": summary} if isinstance(summary, str) else {})
         end.update({"tokensBefore": before} if _is_int(before) else {})
-        failure = event.get("errorMessage")
+        failure = event.get("errorMessage") if event.get("reason") != "manual" else None  # the command's result says it
         self.failure = "" if event.get("willRetry") else self.failure
         return [end, {"type": "error", "error": failure}] if isinstance(failure, str) and failure else [end]
 
@@ -2116,7 +3470,6 @@ def mergeable(left: Json, right: Json) -> bool:
 # tree to make sure); below it nothing decides what a tool may do.
 # ═════════════════════════════════════════════════════════════════════════════════════════
 
-import contextlib  # noqa: E402
 import fcntl  # noqa: E402
 import os  # noqa: E402
 
@@ -2211,9 +3564,9 @@ class Store:
         self.root = os.path.abspath(os.path.expanduser(root))
         self.sessions: dict[str, Json] = {}
         self.workspaces: dict[str, Json] = {}
-        self.rules: list[Json] = []
-        self.rules_broken = self.unclean = False  # unclean: a session was running when the last server ended
+        self.unclean = False  # a session was running when the last server ended
         self._writer: Any = None
+        self.rules, self.audit = Rules(self), AuditLog(self)
 
     def path(self, *names: str) -> str:
         return os.path.join(self.root, *names)
@@ -2297,12 +3650,7 @@ class Store:
 
     def stamp(self) -> tuple[Any, ...]:
         """Changes whenever config.json or devices.json does."""
-        stamps = []
-        for name in ("config.json", "devices.json"):
-            with contextlib.suppress(OSError):
-                found = os.stat(self.path(name))
-                stamps.append((name, found.st_mtime_ns, found.st_ino, found.st_size))
-        return tuple(stamps)
+        return tuple(file_stamp(self.path(name)) for name in ("config.json", "devices.json"))
 
     # records
 
@@ -2322,14 +3670,14 @@ class Store:
         return value
 
     def load(self) -> None:
-        """Read sessions, workspaces and rules.  What was running is stopped now: its pi is gone."""
+        """Read sessions and workspaces.  What was running is stopped now: its pi is gone."""
         self.prepare()
         for folder, records in (("sessions", self.sessions), ("workspaces", self.workspaces)):
             for name in sorted(os.listdir(self.path(folder))):
                 key, dot, ending = name.partition(".")
                 if ending == "json" and re.fullmatch(ID_PATTERN, key):
                     self._load_record(folder, name, records)
-        self._load_rules()
+        self.rules.now()
 
     def _load_record(self, folder: str, name: str, records: dict[str, Json]) -> None:
         path = self.path(folder, name)
@@ -2347,23 +3695,6 @@ class Store:
         if folder == "sessions" and record.get("status") not in ("stopped", "error"):
             record["status"], self.unclean = "stopped", True
         records[record["id"]] = record
-
-    def _load_rules(self) -> None:
-        """Rules, or none and `rules_broken`: the file stays where it is, and everything is asked."""
-        path = self.path("rules.json")
-        try:
-            with open(path, "rb") as file:
-                rules = parse_json(file.read() or b"[]")
-            if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-                raise ValueError("not a list of rules")
-            self.rules = rules
-        except FileNotFoundError:
-            self.rules = []
-        except (OSError, ValueError) as error:
-            self.rules_broken = True
-            log(
-                "policy", f"{path} cannot be read ({error}). It was left as it is; every tool call is asked until it is repaired."
-            )
 
     def background(self, work: Callable[[], Any]) -> Any:
         """Run `work` on the writer thread, after all earlier work; a concurrent Future."""
@@ -2394,28 +3725,6 @@ class Store:
                 os.unlink(self.path(folder, key + ".json"))
 
         return self.background(work)
-
-    def save_rules(self) -> Any:
-        """Save the lasting rules.  Raises Conflict while the stored file cannot be read."""
-        if self.rules_broken:
-            raise Conflict("rules.json cannot be read, so no rule is stored; repair it or move it away")
-        data = pretty([rule for rule in self.rules if rule.get("scope") != "session"])
-        return self.background(lambda: write_file(self.path("rules.json"), data))
-
-    def audit(self, entry: Json) -> None:
-        """Append one decision to audit.jsonl."""
-        line = encode({**entry, "id": new_id(12), "timestamp": now_ms()}) + b"\n"
-
-        def work() -> None:
-            path = self.path("audit.jsonl")
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            with open(descriptor, "ab") as file:
-                file.write(line)
-                size = file.tell()
-            if size >= AUDIT_LIMIT:
-                os.replace(path, path + ".1")
-
-        self.background(work)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
@@ -2482,6 +3791,167 @@ class Store:
             raise UsageError(f"The identity key {private} cannot be read as an Ed25519 key") from None
         if os.path.exists(public) and self._fingerprint(private, public) != fingerprint(derived):
             raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
+
+
+class Rules:
+    """Stored rules: `lasting` ones in rules.json, which the command line may change while a server runs, and those
+    of a session, which end with it.  A file that cannot be read stays as it is, and everything is asked."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.path = store, store.path("rules.json")
+        self.lasting: list[Json] = []
+        self.of_sessions: list[Json] = []
+        self.broken = False
+        self._stamp: Any = ()
+        self._unsaved = 0  # changes that are not in the file yet
+
+    def now(self) -> list[Json]:
+        """All rules, as they are on disk now."""
+        if not self._unsaved and self._stamp != (stamp := file_stamp(self.path)):
+            self._stamp, self.broken = stamp, False
+            try:
+                self.lasting = self._read()
+            except (OSError, ValueError) as error:
+                self.lasting, self.broken = [], True
+                log(
+                    "policy",
+                    f"{self.path} cannot be read ({error}); it was left as it is. All calls are asked until it is repaired.",
+                )
+        return [*self.lasting, *self.of_sessions]
+
+    def _read(self) -> list[Json]:
+        try:
+            with open(self.path, "rb") as file:
+                rules = parse_json(file.read() or b"[]")
+        except FileNotFoundError:
+            return []
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            raise ValueError("not a list of rules")
+        return rules
+
+    def change(self, key: str, rule: Json | None) -> None:
+        """Put a rule in the place of the one with the id `key`, or at the end, or remove that one (None).
+        Raises Conflict while the stored rules cannot be read."""
+
+        def changed(rules: list[Json]) -> list[Json]:
+            new = [rule] if rule else []
+            at = next((at for at, old in enumerate(rules) if old.get("id") == key), len(rules))
+            return [*rules[:at], *new, *rules[at + 1 :]]
+
+        def work() -> None:
+            try:
+                with self.store.locked():
+                    write_file(self.path, pretty(changed(self._read())))
+            finally:
+                self._unsaved -= 1
+
+        if (rule and rule.get("scope") == "session") or any(old.get("id") == key for old in self.of_sessions):
+            self.of_sessions = changed(self.of_sessions)
+            return
+        self.now()
+        if self.broken:
+            raise Conflict("rules.json cannot be read, so no rule is stored; repair it or move it away")
+        self.lasting = changed(self.lasting)
+        self._unsaved += 1
+        self.store.background(work)
+
+
+class AuditLog:
+    """audit.jsonl: one decision a line, never changed.  Each line holds the hash of the line before it in `prev`, and
+    audit.head that of the last one, so that a line that was removed, edited or moved shows.  At AUDIT_LIMIT the
+    file becomes audit.jsonl.1 and the chain goes on.  Lines of the original server are not chained."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.path, self.head_path = store, store.path("audit.jsonl"), store.path("audit.head")
+        self._head: str | None = None
+
+    def append(self, entry: Json) -> None:
+        entry = {**entry, "id": new_id(12), "timestamp": now_ms()}
+        self.store.background(lambda: self._write(entry))
+
+    def _write(self, entry: Json) -> None:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            tail = self._tail(file, size)
+            self._head = self._resumed(tail) if self._head is None else self._head
+            line = encode({**entry, "prev": self._head})
+            file.write((b"\n" if tail and not tail.endswith(b"\n") else b"") + line + b"\n")
+        self._head = line_hash(line)
+        descriptor = os.open(self.head_path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(self._head.encode())
+        if size + len(line) >= AUDIT_LIMIT:
+            os.replace(self.path, self.path + ".1")
+
+    @staticmethod
+    def _tail(file: Any, size: int) -> bytes:
+        """The last line, with the line end it may have."""
+        file.seek(max(0, size - 1024 * 1024))
+        lines: list[bytes] = file.read().splitlines(keepends=True)
+        return lines[-1] if lines else b""
+
+    def _resumed(self, tail: bytes) -> str:
+        """The hash to go on from: that of audit.head, or of the last line if a crash came between the two."""
+        head, last = self.head(), line_hash(tail.rstrip(b"\n")) if tail else ""
+        return last if not head or (tail and self._entry(tail).get("prev") == head) else head
+
+    def head(self) -> str:
+        with contextlib.suppress(OSError), open(self.head_path, encoding="ascii", errors="replace") as file:
+            return file.read().strip()
+        return ""
+
+    @staticmethod
+    def _entry(line: bytes) -> Json:
+        try:
+            return obj(parse_json(line))
+        except ValueError:
+            return {}
+
+    def lines(self, path: str) -> Iterator[bytes]:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            for line in file:
+                yield line.rstrip(b"\n")
+
+    def entries(self, limit: int, wanted: Callable[[Json], bool]) -> list[Json]:
+        """The newest entries of the current file, the newest first."""
+        found: deque[Json] = deque(maxlen=limit)
+        found.extend(entry for entry in map(self._entry, self.lines(self.path)) if entry.get("id") and wanted(entry))
+        return list(found)[::-1]
+
+    def verify(self) -> tuple[int, list[str]]:
+        """(number of lines, what is wrong with them)."""
+        count, problems, last, chained, behind = 0, [], "", False, ""
+        for path in (self.path + ".1", self.path):
+            for number, line in enumerate(self.lines(path), 1):
+                entry, place = self._entry(line), f"{os.path.basename(path)} line {number}"
+                previous = entry.get("prev")
+                if not entry:
+                    problems.append(f"{place} is not whole")
+                elif previous is None and chained:
+                    problems.append(f"{place} was not written by this server")
+                elif previous is not None and previous != last and (count or (previous and path == self.path)):
+                    problems.append(f"{place} does not follow the line before it: one was changed, moved or removed")
+                chained = chained or previous is not None
+                count, last, behind = count + 1, line_hash(line), str(previous or "")
+        if self.head() not in ("", last, behind):
+            problems.append("the last line was changed or removed")
+        return count, problems
+
+
+def line_hash(line: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(line).hexdigest()
+
+
+def file_stamp(path: str) -> Any:
+    """Changes whenever a file does; None while there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _logged(work: Callable[[], Any]) -> Any:
@@ -2940,6 +4410,7 @@ ABORT_S, ABORT_AGAIN_S = 8.0, 5.0
 HELD_ACK_S = 1.0  # a turn pi has not answered after this is acknowledged as held
 GATE_WAIT_S = 5.0
 SILENCE_S = 8.0  # the apps reconnect after 45 s without a text, thinking or tool frame
+TAKEN_S = 1.0  # after it accepted a prompt pi needs about 20 ms to begin
 OWN_TURN = "own turn:"  # id of a turn the phone gave none: it is not acknowledged
 FOR_EVER_MS = 100 * 365 * 86_400_000
 
@@ -2958,6 +4429,37 @@ class Hub:
             level = client.level(session_id)
             if client is not but and (everyone or level == "full" or (notify and level == "notifications")):
                 client.deliver(message, shared)
+
+
+def listed_domains() -> tuple[str, ...]:
+    """Where the browser skill may go by itself, from the list that the fetch skill keeps."""
+    with contextlib.suppress(OSError, ValueError):
+        return parse_domains(read_regular(os.path.expanduser("~/.config/fetch/allowed_domains.txt")).decode("utf-8"))
+    return ()
+
+
+def path_resolver() -> Callable[[str], str]:
+    """`os.path.realpath` for the many paths of one call: what was found of a folder is not looked up again."""
+    known: dict[str, str] = {}
+
+    def real(path: str, links: int = 40) -> str:
+        found = ""
+        for part in path.split("/"):
+            if part in ("", "."):
+                continue
+            if part == "..":
+                found = found.rpartition("/")[0]
+                continue
+            step = f"{found}/{part}"
+            if step not in known:
+                known[step] = step
+                with contextlib.suppress(OSError, ValueError):
+                    target = os.readlink(step)
+                    known[step] = real(os.path.join(found or "/", target), links - 1) if links else step
+            found = known[step]
+        return found or "/"
+
+    return real
 
 
 class Pending(NamedTuple):
@@ -2986,7 +4488,7 @@ class Approvals:
         entry.update(displaySummary=display_summary(call), risk=verdict.risk, decision=decision, resolvedBy=by, layer=layer)
         if verdict.rule_id:
             more.update(ruleId=verdict.rule_id, ruleSummary=verdict.reason)
-        self.store.audit({**entry, **more})
+        self.store.audit.append({**entry, **more})
 
     def ask(self, session: LiveSession, call: Call, call_id: str, request_id: Any, verdict: Verdict) -> None:
         """Put a question to the phones."""
@@ -3005,10 +4507,18 @@ class Approvals:
         log("gate", f"asking {key} session={session.id} tool={call.tool} risk={verdict.risk} chars={len(wire['displaySummary'])}")
         self.hub.publish(wire, everyone=True)
 
-    def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> Json:
-        """Settle a question; what came of it ({action, scope, …}).  Raises NotFound or BadRequest."""
+    @staticmethod
+    def check(action: Any, expires_in: Any) -> None:
+        """Raises BadRequest for an answer that is none."""
         if action not in ("allow", "deny"):
             raise BadRequest('action must be "allow" or "deny"')
+        number = isinstance(expires_in, (int, float)) and not isinstance(expires_in, bool)
+        if expires_in is not None and not (number and expires_in > 0):
+            raise BadRequest("expiresInMs must be a positive number when provided")
+
+    def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> Json:
+        """Settle a question; what came of it ({action, scope, …}).  Raises NotFound or BadRequest."""
+        self.check(action, expires_in)
         if key not in self.pending:
             raise NotFound(f"Permission request not found: {key}")
         pending = self.pending[key]
@@ -3026,10 +4536,8 @@ class Approvals:
 
     def _learn(self, pending: Pending, context: Context, action: str, scope: str, expires_in: Any) -> Json:
         rule = rule_from_answer(pending.call, context, action, scope, pending.wire["risk"], expires_in)
-        self.store.rules.append(rule)
-        if scope != "session":
-            with contextlib.suppress(Conflict):
-                self.store.save_rules()
+        with contextlib.suppress(Conflict):
+            self.store.rules.change(rule["id"], rule)
         return {"learnedRuleId": rule["id"], **{k: rule[k] for k in ("expiresAt",) if k in rule}}
 
     def _close(self, key: str, message: Json, but: Any = None) -> Pending:
@@ -3067,8 +4575,9 @@ class LiveSession:
         self.dialogs: dict[str, Json] = {}
         self.asked: dict[str, str] = {}  # tool call id -> "asked" or "allowed", while the call is under way
         self.lane = asyncio.Lock()  # turns are written to pi in the order they came
-        self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait)
+        self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait, stop)
         self.free.set()
+        self.taken = asyncio.Event()  # pi has begun or queued the last prompt; another one before that would be lost
         self.gated = asyncio.Event()  # the gate has said hello
         self.running = self.ended = self.clearing = self.tripped = False
         self.epoch = new_id(16)  # in the environment of this pi and of all it starts
@@ -3113,6 +4622,8 @@ class LiveSession:
     async def _discard(self) -> None:
         """End a pi that did not start; nothing is announced."""
         self.ended = True
+        self.record["oppi"]["seq"] = self.log.seq
+        self.save()
         if self.pi.process is not None:
             self.pi.kill()
             await self.pi.exited.wait()
@@ -3145,15 +4656,13 @@ class LiveSession:
         """What the policy must know about this session now."""
         home = os.path.expanduser("~")
         allowed = [p for p in self.workspace.get("allowedPaths") or [] if isinstance(p, dict) and p.get("path")]
-        fallback = (self.sessions.settings()["policy"] or {}).get("fallback")
-        fallback = "deny" if fallback == "block" else fallback
-        store = self.sessions.store
+        policy, store = obj(self.sessions.settings()["policy"]), self.sessions.store
         return Context(
             self.id,
             self.workspace_id,
             self.workspace.get("policyPreset") or "",
-            fallback if fallback in ACTIONS else "allow",
-            store.rules,
+            fallback_of(policy),
+            [*store.rules.now(), *configured_rules(policy)],
             home,
             self.cwd or home,
             tuple((os.path.expanduser(str(p["path"])), str(p.get("access"))) for p in allowed),
@@ -3161,8 +4670,10 @@ class LiveSession:
             store.root,
             agent_dir(),
             now_ms(),
-            os.path.realpath,
-            store.rules_broken,
+            path_resolver(),
+            store.rules.broken,
+            self.sessions.port,
+            listed_domains(),
         )
 
     # to the phones
@@ -3264,6 +4775,7 @@ class LiveSession:
 
     def _on_agent_start(self, event: Json) -> None:
         self._cancel_timer("settle")
+        self.taken.set()
         if self.running:  # another attempt of the same turn
             return
         self.running = True
@@ -3284,7 +4796,8 @@ class LiveSession:
         self.free.clear()
 
     def _on_wait_over(self, event: Json) -> None:
-        self.free.set()
+        if self.stop_mode != "abort":
+            self.free.set()
         if not event.get("willRetry") and event.get("success") is not True:
             self._settle_soon()
 
@@ -3329,6 +4842,7 @@ class LiveSession:
 
     def _on_queue(self, event: Json) -> None:
         """Bring the mirror of pi's queue up to date; what vanished was handed to the model."""
+        self.taken.set()
         started: list[tuple[str, Json]] = []
         for name, kind in (("steering", "steer"), ("followUp", "follow_up")):
             texts = [t for t in event.get(name) or [] if isinstance(t, str)]
@@ -3341,7 +4855,9 @@ class LiveSession:
                     started.append((kind, item))
             for text in texts:
                 turn = next((k for k, t in self.turns.turns.items() if t.text == text and t.command == kind), None)
-                kept.append({"id": turn or new_id(12), "message": text, "createdAt": now_ms()})
+                kept.append(
+                    {"id": turn if turn and not turn.startswith(OWN_TURN) else new_id(12), "message": text, "createdAt": now_ms()}
+                )
             self.queue[name] = kept
         self.queue["version"] += 1
         self.record["oppi"]["queueVersion"] = self.queue["version"]
@@ -3468,6 +4984,8 @@ class LiveSession:
         """Run prompt, steer or follow_up.  `reply` gets the frames only this phone sees.
         Raises OppiError for the failed result."""
         payload = turn_payload(command, body)
+        if not isinstance(body.get("clientTurnId", ""), (str, type(None))):
+            raise BadRequest("clientTurnId must be a string")
         turn_id, request = body.get("clientTurnId"), {k: body[k] for k in ("requestId",) if isinstance(body.get(k), str)}
         content = token_hash(f"{command}:{dumps(payload)}")
         if isinstance(turn_id, str) and turn_id:
@@ -3518,7 +5036,11 @@ class LiveSession:
             async with self.lane:
                 await self.free.wait()
                 self.used = time.monotonic()
+                self.taken.clear()
                 self.pi.call({"type": command, **payload}, responded)
+                if not payload["message"].startswith("/") and not await answered:  # an extension's command may take long
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self.taken.wait(), TAKEN_S)
             failure = await answered
         finally:
             timer.cancel()
@@ -3563,6 +5085,7 @@ class LiveSession:
             self.emit({"type": "stop_confirmed", "source": "user", "reason": "Session already idle"})
             return
         self.stop_mode, self.busy_before_stop = "abort", self.record["status"]
+        self.free.clear()
         self.set_status("stopping")
         self.emit({"type": "stop_requested", "source": "user"})
         self.emit(STATE)
@@ -3591,6 +5114,7 @@ class LiveSession:
 
     def _stop_failed(self) -> None:
         self.stop_mode = ""
+        self.free.set()
         self.set_status(self.busy_before_stop)
         self.emit(STATE)
         reason = "Stop timed out — pi did not end the turn. Stop the session to end it by force."
@@ -3619,6 +5143,8 @@ class LiveSession:
     def _on_exit(self, code: int, complaint: str) -> None:
         """pi has ended, by itself or not: nothing of the session may stay behind."""
         self.exit_text = complaint
+        for event in (self.gated, self.free, self.taken):  # nobody has to wait any longer
+            event.set()
         if self.ended:
             return
         self.flush()
@@ -3707,6 +5233,7 @@ class Sessions:
         self.active: dict[str, LiveSession] = {}
         self.starting: dict[str, asyncio.Task[LiveSession]] = {}
         self.bases: dict[str, int] = {}  # seq of sessions that are being started
+        self.port = 0  # where the server listens
         self.deleting: set[str] = set()
         self.closing = False
 
@@ -3865,14 +5392,15 @@ class Sessions:
         finally:
             self.deleting.discard(session_id)
         self.store.sessions.pop(session_id, None)
-        self.store.rules[:] = [r for r in self.store.rules if r.get("sessionId") != session_id]
+        rules = self.store.rules
+        rules.of_sessions = [rule for rule in rules.of_sessions if rule.get("sessionId") != session_id]
         self.store.forget("sessions", session_id)
         self.hub.publish({"type": "session_deleted", "sessionId": session_id}, everyone=True)
 
     async def entries(self, session_id: str) -> list[Json]:
         """Entries of a session's files; of pi's memory while there is no file yet."""
         record = self.record(session_id)
-        files = sorted(session_files(record))
+        files = session_files(record)
         found: list[Json] = await asyncio.get_running_loop().run_in_executor(None, read_entries, files)
         live = self.active.get(session_id)
         if not found and live:
@@ -3902,9 +5430,10 @@ class Sessions:
 
 
 def session_files(record: Json) -> list[str]:
-    """pi's files of a session that exist, the current one last."""
-    files = [f for f in arr(record.get("piSessionFiles")) if f != record.get("piSessionFile")] + [record.get("piSessionFile")]
-    return [f for f in files if isinstance(f, str) and os.path.exists(f)]
+    """pi's files of a session that exist, sorted, but the current one last: it holds the leaf."""
+    current = record.get("piSessionFile")
+    files = sorted(f for f in arr(record.get("piSessionFiles")) if _is_text(f) and f != current)
+    return [f for f in [*files, current] if _is_text(f) and os.path.exists(f)]
 
 
 def risky_settings(cwd: str) -> bool:
@@ -4099,8 +5628,9 @@ class Connection:
     def _go_on(self) -> None:
         """Wait for the next request, or take it from the buffer."""
         self._expect(IDLE_TIME_S)
-        self.transport.resume_reading()
         self.data_received(b"")
+        if not self.stuck and (not self.busy or len(self.buffer) <= HEAD_LIMIT):
+            self.transport.resume_reading()
 
     def eof_received(self) -> bool:
         if self.socket:
@@ -4863,13 +6393,113 @@ class Api:
         scope, expires = body.get("scope") or "once", body.get("expiresInMs")
         if scope not in SCOPES:
             raise BadRequest('scope must be "once", "session", or "global"')
-        if expires is not None and (not isinstance(expires, (int, float)) or isinstance(expires, bool) or expires <= 0):
-            raise BadRequest("expiresInMs must be a positive number when provided")
-        if body.get("action") in ("allow", "deny") and key not in self.server.approvals.pending:
+        self.server.approvals.check(body.get("action"), expires)
+        if key not in self.server.approvals.pending:
             raise NotFound("Permission request not found")
         choice = self.server.approvals.answer(key, body.get("action"), scope, expires)
         more = {"expiresInMs": expires} if expires is not None and choice["scope"] != "once" else {}
         return {"ok": True, "id": key, "action": choice["action"], "scope": choice["scope"], **more}
+
+    # policy
+
+    async def policy_profile(self, request: Request) -> Json:
+        key = request.query.get("workspaceId")
+        workspace = self.workspace(key) if key is not None else {"runtime": "host", "policyPreset": "host"}
+        preset = workspace.get("policyPreset") or ("container" if workspace.get("runtime") == "container" else "host")
+        profile: Json = {"runtime": workspace.get("runtime") or "host", "policyPreset": preset, "generatedAt": now_ms()}
+        profile.update({"workspaceId": key, "workspaceName": str(workspace.get("name"))} if key is not None else {})
+        return {"profile": {**profile, **policy_summary(preset)}}
+
+    def _known_rules(self) -> list[Json]:
+        """Rules as both apps read them, the newest first, without those of sessions and workspaces that are gone."""
+        store = self.server.store
+        homes = (("session", "sessionId", store.sessions), ("workspace", "workspaceId", store.workspaces))
+        rules = map(rule_view, store.rules.now())
+        known = [r for r in rules if all(r["scope"] != scope or r.get(name) in records for scope, name, records in homes)]
+        return sorted(known, key=lambda rule: -whole(rule["createdAt"]))
+
+    async def policy_rules(self, request: Request) -> Json:
+        scope, key = request.query.get("scope"), request.query.get("workspaceId")
+        if scope is not None and scope not in SCOPES[1:]:
+            raise BadRequest('scope must be one of: "session", "workspace", "global"')
+        rules = [rule for rule in self._known_rules() if scope in (None, rule["scope"])]
+        if key is not None:
+            self.workspace(key)
+            own = {key, *(r["id"] for r in self.server.store.sessions.values() if r.get("workspaceId") == key)}
+            rules = [r for r in rules if r["scope"] == "global" or r.get("workspaceId") in own or r.get("sessionId") in own]
+        return {"rules": rules}
+
+    async def add_rule(self, request: Request) -> Reply:
+        body = request.json()
+        scope = body.get("scope", "global")
+        if scope not in SCOPES[1:]:
+            raise BadRequest('scope must be one of: "session", "workspace", "global"')
+        if body.get("source", "manual") not in ("preset", "learned", "manual"):
+            raise BadRequest('source must be one of: "preset", "learned", "manual"')
+        rule: Json = {"id": new_id(12), "scope": scope, "source": body.get("source", "manual"), "createdAt": now_ms()}
+        if scope != "global":
+            name = scope + "Id"
+            if not _is_text(body.get(name)):
+                raise BadRequest(f"{name} is required for {scope} scope")
+            rule[name] = (
+                self.workspace(body[name])["id"] if scope == "workspace" else self.server.sessions.record(body[name])["id"]
+            )
+        fields = {name: body[name] for name in RULE_FIELDS if body.get(name) is not None}
+        rule = patched_rule(rule, {"decision": None, **fields})
+        same = rule_conflict(rule, self._known_rules())
+        if not same:
+            self.server.store.rules.change(rule["id"], rule)
+        return Reply(201, {"rule": rule_view(same or rule)})
+
+    def _stored_rule(self, key: str) -> Json:
+        rule = next((rule for rule in self.server.store.rules.now() if rule.get("id") == key), None)
+        if rule is None:
+            raise NotFound("Rule not found")
+        return rule
+
+    async def change_rule(self, request: Request, key: str) -> Json:
+        patch = {name: value for name, value in request.json().items() if name in RULE_FIELDS}
+        if not patch:
+            raise BadRequest("At least one patch field is required")
+        rule = patched_rule(self._stored_rule(key), patch)
+        rule_conflict(rule, [other for other in self._known_rules() if other["id"] != key])
+        self.server.store.rules.change(key, rule)
+        return {"rule": rule_view(rule)}
+
+    async def drop_rule(self, request: Request, key: str) -> Json:
+        self._stored_rule(key)
+        self.server.store.rules.change(key, None)
+        return {"ok": True, "deleted": key}
+
+    async def audit(self, request: Request) -> Json:
+        query, store = request.query, self.server.store
+        limit, before = query.get("limit", "50"), query.get("before", str(FOR_EVER_MS * 100))
+        if not re.fullmatch(r"\d{1,3}", limit) or not 1 <= int(limit) <= 500:
+            raise BadRequest("limit must be an integer between 1 and 500")
+        if not re.fullmatch(r"\d{1,18}", before) or not int(before):
+            raise BadRequest("before must be a positive integer timestamp")
+        if "sessionId" in query and query["sessionId"] not in store.sessions:
+            raise NotFound("Session not found")
+        if "workspaceId" in query:
+            self.workspace(query["workspaceId"])
+
+        def wanted(entry: Json) -> bool:
+            own = all(entry.get(name) == query[name] for name in ("sessionId", "workspaceId") if name in query)
+            return own and whole(entry.get("timestamp")) < int(before)
+
+        work = functools.partial(store.audit.entries, int(limit), wanted)
+        entries: list[Json] = await asyncio.get_running_loop().run_in_executor(None, work)
+        return {"entries": [{"risk": "low", "layer": "", "displaySummary": "", **entry} for entry in entries]}
+
+    async def fallback(self, request: Request) -> Json:
+        return {"fallback": fallback_of(obj(self.server.settings["policy"]))}
+
+    async def change_fallback(self, request: Request) -> Json:
+        wanted = request.json().get("fallback")
+        if not _is_text(wanted) or wanted not in (*ACTIONS, "block", "denied"):
+            raise BadRequest('fallback must be one of "allow", "ask", "deny"')
+        self.server.configure({"policy.fallback": "block" if wanted in ("deny", "block", "denied") else wanted})
+        return await self.fallback(request)
 
     # sockets
 
@@ -5229,6 +6859,14 @@ ROUTES = (
     ("GET", "/workspaces/:wid/sessions/:sid/tool-output/:call", "tool_output"),
     ("GET", "/permissions/pending", "pending"),
     ("POST", "/permissions/:id/respond", "answer_permission"),
+    ("GET", "/policy/profile", "policy_profile"),
+    ("GET", "/policy/rules", "policy_rules"),
+    ("POST", "/policy/rules", "add_rule"),
+    ("PATCH", "/policy/rules/:id", "change_rule"),
+    ("DELETE", "/policy/rules/:id", "drop_rule"),
+    ("GET", "/policy/audit", "audit"),
+    ("GET", "/policy/fallback", "fallback"),
+    ("PATCH", "/policy/fallback", "change_fallback"),
 )
 
 
@@ -5238,7 +6876,7 @@ ROUTES = (
 
 WATCH_S = 0.5  # a revoked device is disconnected within a second
 SWITCH_S = 0.0005  # how soon the loop gets the interpreter back from a thread that reads a large session
-LAST_USED_MS = 3_600_000  # how stale a device's last use may be on disk
+LAST_USED_MS = 300_000  # how stale a device's last use may be on disk
 
 
 def in_child(work: Callable[[], Any]) -> bool:
@@ -5273,6 +6911,11 @@ class Server:
         self.edge = Edge(self.api)
         self._lock = -1
 
+    def note(self, **address: Any) -> None:
+        """Say in the lock file who runs, and where."""
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, encode({"pid": os.getpid(), **address}), 0)
+
     def open(self) -> None:
         """Take the data directory.  Raises UsageError if another server has it."""
         self.store.prepare()
@@ -5281,8 +6924,7 @@ class Server:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"Another oppi server is running on {self.store.root}") from None
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, str(os.getpid()).encode())
+        self.note()
         if self.settings["tls.mode"] != "disabled":
             raise UsageError(
                 "config.tls.mode: only `disabled` is supported so far. Set it with: oppi config set tls.mode disabled"
@@ -5370,6 +7012,8 @@ class Server:
         if self.store.unclean:
             await loop.run_in_executor(None, end_marked, f"OPPI_OWNER={self.store.root}")
         port = await self.edge.listen(host, port)
+        self.note(host=host, port=port)
+        self.sessions.port = port
         announce(self, port)
         background = [asyncio.ensure_future(self._watch()), asyncio.ensure_future(self._warm())]
         await stop.wait()
@@ -5551,8 +7195,10 @@ def cmd_pair(args: argparse.Namespace) -> int:
     store = Store(data_dir(args))
     settings = store.settings()
     store.owner_token()
-    host, kind = invite_host(args.host, settings["host"])
-    if not 0 < (port := settings["port"] if args.port is None else args.port) < 65536 or args.ttl < 1:
+    server = running(store.root)
+    host, kind = invite_host(args.host, server.get("host") or settings["host"])
+    port = server.get("port") or settings["port"] if args.port is None else args.port
+    if not 0 < port < 65536 or args.ttl < 1:
         raise UsageError("An invite needs a port from 1 to 65535 and a ttl of at least 1 second; give them with --port and --ttl")
     invites = make_invites(store, host, port, args.name, args.ttl)
     v3, v2 = invites["v3"], invites["v2"]
@@ -5622,14 +7268,14 @@ def pi_problems(pi: PiInfo) -> list[str]:
     return [] if login or key else ["a model provider. Log in with: pi   (then type /login)"]
 
 
-def running_pid(root: str) -> int:
-    """Process id of the server on a data directory, 0 if none runs."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(root, "serve.lock"), encoding="ascii") as file:
+def running(root: str) -> Json:
+    """pid, host and port of the server on a data directory, {} if none runs."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(root, "serve.lock"), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return int(file.read() or 0)
-    return 0
+            return obj(parse_json(file.read()))
+    return {}
 
 
 def cmd_status(args: argparse.Namespace) -> int:
@@ -5637,17 +7283,18 @@ def cmd_status(args: argparse.Namespace) -> int:
     settings, access, names = store.settings(), store.read_access(), host_names()
     folder = store.path("sessions")
     sessions = len([n for n in os.listdir(folder) if n.endswith(".json")]) if os.path.isdir(folder) else 0
-    pid = running_pid(store.root)
-    facts: Json = {"dataDir": store.root, "running": bool(pid), "pid": pid or None, "sessions": sessions, **names}
-    facts.update(port=settings["port"], host=settings["host"], fingerprint=settings["identity.fingerprint"])
+    server = running(store.root)
+    host, port = server.get("host") or settings["host"], server.get("port") or settings["port"]
+    facts: Json = {"dataDir": store.root, "running": bool(server), "pid": server.get("pid"), "sessions": sessions, **names}
+    facts.update(port=port, host=host, fingerprint=settings["identity.fingerprint"])
     facts["devices"] = len(access.devices) + len(access.moved)
     tailnet = names["tailscaleName"] or names["tailscaleIp"] or "not connected"
     lines = [
         "Server Configuration",
-        f"  Port          {settings['port']}",
-        f"  Transport     http on {settings['host']}",
+        f"  Port          {port}",
+        f"  Transport     http on {host}",
         f"  Data          {store.root}",
-        f"  Running       {'yes, process ' + str(pid) if pid else 'no'}",
+        f"  Running       {'yes, process ' + str(server.get('pid')) if server else 'no'}",
         "Tailscale",
         f"  Hostname      {tailnet}",
         "Local Network",
@@ -5752,8 +7399,11 @@ def config_get(store: Store, args: argparse.Namespace) -> int:
 
 def config_set(store: Store, args: argparse.Namespace) -> int:
     if not args.key or args.value is None:
-        rows = [f"  {key.path:<42} {key.help}" for key in KEYS if not key.state]
-        raise UsageError("Usage: oppi config set KEY VALUE\n" + "\n".join(rows))
+        settings = store.settings()
+        for key in KEYS:
+            if not key.state:
+                print(f"  {key.path:<42} {dumps(settings[key.path]):<12} {key.help}")
+        raise UsageError("Usage: oppi config set KEY VALUE")
     key, value = args.key, parse_setting(args.key, args.value)
     store.settings()
 
@@ -5861,6 +7511,169 @@ def cmd_init(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_policy(args: argparse.Namespace) -> int:
+    actions = {"check": policy_check, "rules": policy_rules, "edit": policy_edit, "remove": policy_edit}
+    return actions[args.action](args)
+
+
+def policy_rules(args: argparse.Namespace) -> int:
+    rules = [rule_view(rule) for rule in Store(data_dir(args)).rules.now()]
+    lines = [f"{r['id']:<14} {r['decision']:<6} {r['scope']:<10} {visible(r['label'])}" for r in rules]
+    show(args, {"rules": rules}, lines or ["No stored rules"])
+    return 0
+
+
+def policy_edit(args: argparse.Namespace) -> int:
+    """Change a stored rule, or remove it; a running server sees it with the next tool call."""
+    store = Store(data_dir(args))
+    names = ("decision", "label", "pattern", "executable")
+    patch = {name: getattr(args, name) or None for name in names if getattr(args, name) is not None}
+    for key in args.words or [""]:
+        rule = next((rule for rule in store.rules.now() if rule.get("id") == key), None)
+        if rule is None:
+            raise UsageError(f"No stored rule has the id {key!r}; list them with: oppi policy rules")
+        if args.action == "edit" and not patch:
+            raise UsageError("Usage: oppi policy edit ID [--decision D] [--label L] [--pattern P] [--executable E]")
+        store.rules.change(key, patched_rule(rule, patch) if args.action == "edit" else None)
+    store.close()
+    show(args, {args.action: args.words}, [f"✓ {args.action} {' '.join(args.words)}"])
+    return 0
+
+
+def cmd_audit(args: argparse.Namespace) -> int:
+    log_ = Store(data_dir(args)).audit
+    if args.action == "verify":
+        count, problems = log_.verify()
+        lines = [f"✗ {problem}" for problem in problems] or [f"✓ {count} lines, none removed, edited or moved"]
+        show(args, {"lines": count, "valid": not problems, "problems": problems}, lines)
+        return 1 if problems else 0
+    entries = log_.entries(args.limit, lambda entry: True)[::-1]
+    lines = [
+        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(whole(e.get('timestamp')) / 1000))} {e.get('decision')!s:<6}"
+        f"{e.get('resolvedBy')!s:<15} {visible(str(e.get('displaySummary')))}"
+        for e in entries
+    ]
+    show(args, {"entries": entries}, lines)
+    return 0
+
+
+def policy_check(args: argparse.Namespace) -> int:
+    """Explain verdicts.  Nothing is read from or written to a data directory."""
+    if args.cases and not args.words and not args.input:
+        return policy_cases(args)
+    if args.cases or bool(args.words) == bool(args.input) or (args.words and args.tool != "bash"):
+        raise UsageError("Usage: oppi policy check [--preset P] [--tool T --input JSON] [--cases FILE] -- COMMAND")
+    given = parse_input(args.input) if args.input else {"command": " ".join(args.words)}
+    case = {"tool": args.tool, "input": given, "preset_or_mode": args.preset}
+    case["context"] = {"home": os.path.expanduser("~"), "cwd": os.path.abspath(args.cwd or ".")}
+    call, ctx = case_call(case), case_context(case)
+    verdict, seen = evaluate(call, ctx), actions_of(call, ctx)
+    parts = []
+    for action in seen:
+        own = "deny" if _hard(action, ctx) else "ask" if _protected(action, ctx) else _one(call, action, (), ctx).action
+        parts.append({"verb": action.verb, "text": visible(" ".join(action.words) or action.path), "verdict": own})
+    facts = {"action": verdict.action, "risk": verdict.risk, "layer": verdict.layer, "reason": verdict.reason, "actions": parts}
+    lines = [f"{verdict.action}  ({verdict.risk} risk, {verdict.layer}): {visible(verdict.reason)}"]
+    show(args, facts, lines + [f"  {part['verdict']:<6} {part['verb']:<7} {part['text']}" for part in parts])
+    return 0
+
+
+def parse_input(text: str) -> Json:
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"--input is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError("--input has to be a JSON object")
+    return value
+
+
+def case_call(case: Json) -> Call:
+    return Call(str(case.get("tool") or ""), obj(case.get("input")))
+
+
+def case_context(case: Json) -> Context:
+    """The context a case describes: a preset of 1.0, or `default`, `rules-only` or `custom` for a workspace without one."""
+    given, mode = obj(case.get("context")), str(case.get("preset_or_mode") or "host")
+    if mode not in (*PRESETS, "default", "rules-only", "custom", "builtin:host", "builtin:container"):
+        raise UsageError(f"Unknown preset: {mode}")
+    home = str(given.get("home") or "/Users/testuser")
+    policy = obj(given.get("policy"))
+    return Context(
+        str(given.get("sessionId") or "s1"),
+        str(given.get("workspaceId") or "w1"),
+        mode if mode in PRESETS else "",
+        fallback_of({**policy, **given}),
+        [*map(obj, arr(given.get("rules"))), *configured_rules(policy)],
+        home,
+        str(given.get("cwd") or home + "/workspace/project"),
+        tuple((str(p["path"]), str(p["access"])) for p in arr(given.get("allowedPaths"))),
+        tuple(arr(given.get("allowedExecutables"))),
+        home + "/.config/oppi",
+        home + "/.pi/agent",
+        now_ms(),
+        path_resolver(),
+        port=7749,
+        domains=parse_domains("\n".join(arr(given.get("domainAllowlist")))),
+        protected=tuple(arr(given.get("protectedPaths"))),
+    )
+
+
+def case_verdict(case: Json) -> Verdict:
+    """The verdict of a case, in a folder with the files it asks for, after the approvals it starts with."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = os.path.realpath(folder)
+        case = json.loads(dumps(case).replace("$TMP", folder))
+        given = obj(case.get("context"))
+        for name in [*arr(given.get("dirs")), *map(os.path.dirname, [*obj(given.get("files")), *obj(given.get("symlinks"))])]:
+            if not inside(os.path.normpath(name), folder):
+                raise UsageError(f"A case may make files in $TMP only, not {name}")
+            os.makedirs(name, exist_ok=True)
+        for name, content in obj(given.get("files")).items():
+            with open(name, "w", encoding="utf-8") as file:
+                file.write(content)
+        for name, target in obj(given.get("symlinks")).items():
+            os.symlink(target, name)
+        ctx = case_context(case)
+        for prior in arr(given.get("prior_approvals")):
+            call, at = (
+                case_call(prior),
+                ctx._replace(session_id=prior.get("sessionId", "s1"), workspace_id=prior.get("workspaceId", "w1")),
+            )
+            verdict = evaluate(call, at)
+            scope = settle_scope(prior["action"], prior["scope"], resolution_options(call, verdict, at))
+            if verdict.action == "ask" and scope != "once":
+                rule = rule_from_answer(call, at, prior["action"], scope, verdict.risk, prior.get("expiresInMs"))
+                ctx = ctx._replace(rules=[*ctx.rules, rule])
+        return evaluate(case_call(case), ctx)
+
+
+def policy_cases(args: argparse.Namespace) -> int:
+    """One line for each case of a file, and a summary; 1 if any verdict differs from what the case expects."""
+    counts = {"cases": 0, "ok": 0, "stricter": 0, "weaker": 0}
+    with open(args.cases, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                case = parse_json(line)
+                wanted, also = ACTIONS.index(case["expect"]), arr(case.get("also_accept"))
+                verdict = case_verdict(case)
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise UsageError(f"{args.cases} line {number} is no case: {error}") from None
+            good = verdict.action in (case["expect"], *also)
+            counts["cases"] += 1
+            counts["ok" if good else "weaker" if ACTIONS.index(verdict.action) < wanted else "stricter"] += 1
+            facts = {"id": case.get("id"), "expect": case["expect"], "got": verdict.action, "ok": good}
+            print(json.dumps({**facts, "layer": verdict.layer, "reason": verdict.reason}))
+    print(
+        dumps(counts) if args.json else "{cases} cases: {ok} as expected, {stricter} stricter, {weaker} weaker".format(**counts)
+    )
+    return 0 if counts["ok"] == counts["cases"] else 1
+
+
 def cmd_help(args: argparse.Namespace) -> int:
     build_parser().print_help()
     return 0
@@ -5878,6 +7691,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oppi", description="Drive the coding agent pi from the Oppi app.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"oppi {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.set_defaults(commands=commands.choices)
 
     def add(
         name: str, run: Callable[[argparse.Namespace], int], text: str, *options: tuple[str, Json], aliases: Sequence[str] = ()
@@ -5905,9 +7719,31 @@ def build_parser() -> argparse.ArgumentParser:
         ("action", {"nargs": "?", "choices": ("show", "get", "set", "validate"), "default": "show"}),
         ("key", {"nargs": "?"}), ("value", {"nargs": "?"}), ("--default", flag), ("--config-file", {"metavar": "FILE"}))
     add("env", cmd_env, "capture PATH for pi, or show it", ("action", {"nargs": "?"}))
+    add("policy", cmd_policy, "explain what would be asked, allowed or denied; list and change stored rules",
+        ("action", {"choices": ("check", "rules", "edit", "remove")}), ("words", {"nargs": "*", "metavar": "COMMAND or ID"}),
+        ("--decision", {"choices": ACTIONS}), ("--label", {}), ("--pattern", {}), ("--executable", {}),
+        ("--preset", {"default": "host", "choices": (*PRESETS, "default")}), ("--tool", {"default": "bash"}),
+        ("--input", {"metavar": "JSON", "help": "the tool's arguments"}), ("--cwd", {"metavar": "DIR"}),
+        ("--cases", {"metavar": "FILE", "help": "JSON lines of cases with an expected verdict"}))
+    add("audit", cmd_audit, "show what was decided, or check that no line of it was changed",
+        ("action", {"nargs": "?", "choices": ("show", "verify"), "default": "show"}), ("--limit", {"type": int, "default": 50}))
     add("help", cmd_help, "show this")
     add("version", cmd_version, "show versions")
     return parser
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Options and words in any order; what stands behind `--` is words."""
+    parser = build_parser()
+    commands = parser.get_default("commands")
+    at = next((at for at, word in enumerate(argv) if word in commands), None)
+    if at is None:
+        return parser.parse_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    found: argparse.Namespace = commands[argv[at]].parse_intermixed_args([*argv[:at], *argv[at + 1 : end]])
+    if argv[end + 1 :]:
+        found.words = [*getattr(found, "words", ()), *argv[end + 1 :]]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5923,7 +7759,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # an old terminal shows what it can
     try:
         try:
-            args = build_parser().parse_args(argv)
+            args = parse_args(sys.argv[1:] if argv is None else argv)
             code = int((getattr(args, "run", None) or cmd_help)(args))
         except SystemExit as done:  # of argparse, for --help and --version
             code = int(done.code or 0)

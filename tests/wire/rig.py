@@ -108,6 +108,10 @@ class Rig:
         path = self.server.data / "audit.jsonl"
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
+    def stored_rules(self) -> str:
+        path = self.server.data / "rules.json"
+        return path.read_text("utf-8") if path.exists() else ""
+
     def sweep(self) -> None:
         """After a test: nothing it opened stays open; what its phones complained about is raised."""
         phones, self.phones = self.phones, []

@@ -137,20 +137,20 @@ class TestScopes:
         assert PUSH not in stored_rules(both)
 
     def test_workspace(self, rig: Rig) -> None:
-        command = "git push of-workspace"
-        chat = rig.chat("1.0")
+        command = "make of-workspace"
+        chat = rig.chat("1.0", preset="host_standard")
         answered(chat, "allow", "workspace", command)
-        assert not asked(rig.chat("1.1").play(bash(command)))
-        assert asked(answered(rig.chat(preset="host_standard"), "deny", command=command))
+        assert not asked(rig.chat("1.1", preset="host_standard").play(bash(command)))
+        assert asked(answered(rig.chat(preset="host_locked"), "deny", command=command))
         rule = next(r for r in json.loads(stored_rules(rig)) if command in json.dumps(r))
         assert (rule["scope"], rule["workspaceId"]) == ("workspace", chat.wid)
 
     def test_global_survives_a_restart(self, rig: Rig) -> None:
-        command = "git push of-all"
-        answered(rig.chat(), "allow", "global", command)
+        command = "make of-all"
+        answered(rig.chat(preset="host_standard"), "allow", "global", command)
         rig.sweep()
         rig.server.restart()
-        assert not asked(rig.chat(preset="host_standard").play(bash(command)))
+        assert not asked(rig.chat(preset="host_locked").play(bash(command)))
 
     def test_deny_for_ever(self, rig: Rig) -> None:
         command = "git push never"
@@ -189,9 +189,9 @@ class TestScopes:
         assert asked(answered(chat, "deny", command="git push for-now"))
 
     def test_what_is_stored_is_what_was_shown(self, rig: Rig) -> None:
-        chat = rig.chat()
-        shown = chat.ask("git push shown")["resolutionOptions"]["alwaysDescription"]
-        assert shown.endswith("git push shown")
+        chat = rig.chat(preset="host_standard")
+        shown = chat.ask("make shown")["resolutionOptions"]["alwaysDescription"]
+        assert shown.endswith("make shown")
 
 
 class TestSeveralPhones:

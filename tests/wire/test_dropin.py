@@ -197,7 +197,7 @@ class TestSettings:
                 value = value[name]
             assert taken.server.cli("config", "get", key).stdout == f"{value}\n"
         done = taken.server.cli("pair", "--json")
-        assert (json.loads(done.stdout)["port"], json.loads(done.stdout)["host"]) == (7861, "127.0.0.1")
+        assert (json.loads(done.stdout)["port"], json.loads(done.stdout)["host"]) == (taken.server.port, "127.0.0.1")
 
     def test_the_limit_of_the_file_is_the_limit(self, own: Rig) -> None:
         phone = own.phone("1.0")

@@ -424,11 +424,9 @@ class TestStop:
         assert chat.phone.command("stop", chat.sid)["success"] is True
         chat.settled()
         found = [f for f in chat.phone.since() if f["type"].startswith("stop_")]
-        assert [f["type"] for f in found] in (
-            ["stop_requested", "stop_confirmed"],
-            ["stop_requested", "stop_confirmed", "stop_confirmed"],
-        )
-        assert found[0]["source"] == "user"
+        assert (found[0]["type"], found[0]["source"]) == ("stop_requested", "user")
+        assert {f["type"] for f in found[1:]} == {"stop_confirmed"}
+        assert {f.get("reason") for f in found[2:]} <= {"Session already idle"}, "said of those that came too late"
 
     def test_stopping_in_a_tool(self, both: Rig) -> None:
         chat = both.chat()

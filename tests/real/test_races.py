@@ -1,0 +1,94 @@
+"""Prompts that meet each other, a stop, or a change of the conversation: each runs, once, and is kept."""
+
+from __future__ import annotations
+
+from .conftest import LONG, Chat, clone, eventually
+
+
+def answered(chat: Chat, *texts: str) -> None:
+    for text in texts:
+        chat.wait("message_end", role="assistant", content=text)
+
+    def kept() -> bool:
+        said = [event["text"] for event in chat.trace() if event["type"] == "assistant"]
+        return sorted(said[-len(texts) :]) == sorted(texts)
+
+    eventually(kept, f"{texts} in the conversation that is read back")
+
+
+def test_two_prompts_of_one_phone_at_the_same_moment_both_run(chat: Chat) -> None:
+    chat.turn("!say warm")
+    for number in range(3):
+        chat.phone.mark()
+        texts = [f"first {number}", f"second {number}"]
+        for text in texts:
+            chat.phone.send("prompt", sessionId=chat.sid, message=f"!say {text}", requestId=text, clientTurnId=text)
+        answered(chat, *texts)
+    assert "error" not in chat.phone.types()
+
+
+def test_two_prompts_while_pi_starts_both_run(chat: Chat) -> None:
+    other = chat.phone.create_session(chat.wid, model="mock/mock-1")["id"]
+    chat.phone.mark()
+    chat.phone.send("subscribe", sessionId=other, requestId="s")
+    for text in ("one", "two"):
+        chat.phone.send("prompt", sessionId=other, message=f"!say {text}", requestId=text, clientTurnId=text)
+    for text in ("one", "two"):
+        chat.wait("message_end", role="assistant", content=text, sessionId=other)
+
+
+def test_prompts_of_two_phones_at_the_same_moment_both_run(chat: Chat) -> None:
+    chat.turn("!say warm")
+    other = clone(chat.phone)
+    other.open()
+    other.subscribe(chat.sid)
+    for number in range(3):
+        chat.phone.mark()
+        for phone, text in ((chat.phone, f"mine {number}"), (other, f"yours {number}")):
+            phone.send("prompt", sessionId=chat.sid, message=f"!say {text}", requestId=text, clientTurnId=text)
+        answered(chat, f"mine {number}", f"yours {number}")
+    other.close()
+
+
+def test_a_turn_can_be_stopped_after_two_prompts_at_once(chat: Chat) -> None:
+    chat.turn("!say warm")
+    chat.phone.mark()
+    for text in ("!slow 30\n!text 2000", "!say second"):
+        chat.phone.send("prompt", sessionId=chat.sid, message=text, requestId=text, clientTurnId=text)
+    chat.wait(lambda f: f["type"] == "text_delta" and "w5 " in f["delta"])
+    assert chat.session()["status"] == "busy"
+    chat.phone.send("stop", sessionId=chat.sid)
+    chat.wait("stop_confirmed")
+    assert "w1500" not in chat.phone.text()
+
+
+def test_a_prompt_right_after_a_stop_runs(chat: Chat) -> None:
+    for number in range(2):
+        chat.ask("!slow 30\n!text 2000")
+        chat.wait("text_delta")
+        chat.phone.send("stop", sessionId=chat.sid)
+        chat.phone.send("prompt", sessionId=chat.sid, message=f"!say after {number}", requestId="p", clientTurnId=f"p{number}")
+        chat.wait("stop_confirmed")
+        chat.wait("message_end", role="assistant", content=f"after {number}")
+        chat.ready()
+
+
+def test_the_conversation_switched_to_is_the_one_that_is_shown(chat: Chat) -> None:
+    for word in ("alpha", "beta", "gamma"):
+        chat.turn(f"!say {word}")
+    first = chat.session()["piSessionFile"]
+    entry = chat.command("get_fork_messages")["data"]["messages"][1]["entryId"]
+    chat.command("fork", entryId=entry)
+    chat.turn("!say delta")
+    chat.command("switch_session", sessionPath=first)
+    chat.turn("!say epsilon")
+    wanted = [f"!say {word}" for word in ("alpha", "beta", "gamma", "epsilon")]
+    assert [event["text"] for event in chat.trace() if event["type"] == "user"] == wanted
+    chat.phone.stop(chat.wid, chat.sid)
+    assert [event["text"] for event in chat.trace() if event["type"] == "user"] == wanted
+
+
+def test_a_compaction_of_nothing_is_told_once_by_its_result(chat: Chat) -> None:
+    chat.phone.mark()
+    told = chat.phone.command("compact", chat.sid, timeout=LONG)
+    assert told["success"] is not chat.place.new and "error" not in chat.phone.types()

@@ -1,0 +1,39 @@
+"""The documents name only tests and files that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from .support import ROOT
+
+PROMISES = re.findall(r"`([\w/]+\.py)::([\w:]+)`", (ROOT / "docs" / "security.md").read_text("utf-8"))
+
+
+def names(path: str) -> set[str]:
+    """Test functions of a file, those of classes as Class::test."""
+    found = set()
+    for node in ast.parse((ROOT / "tests" / path).read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize(("path", "test"), PROMISES, ids=lambda value: value)
+def test_each_promise_names_the_test_that_proves_it(path: str, test: str) -> None:
+    assert test in names(path)
+
+
+def test_every_row_makes_a_promise_that_is_tested() -> None:
+    rows = [line for line in (ROOT / "docs" / "security.md").read_text("utf-8").splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20 and all(re.search(r"`[\w/]+\.py::", row) for row in rows if "---" not in row)
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", (ROOT / document).read_text("utf-8")):
+        assert ((ROOT / document).parent / target).exists(), target
