@@ -1558,6 +1558,7 @@ COMBINATIONS = 64  # of values of variables that are looked at
 PLACES = 8  # working directories a command may run in
 PATH_LIMIT = 300  # paths of a call whose symlinks are resolved
 DEPTH = 15  # wrappers around a program
+PART_LIMIT = 300  # characters of a part that a reason names; the whole command is shown beside it
 
 
 class Ask(NamedTuple):
@@ -2536,33 +2537,49 @@ def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Ver
 
 
 def evaluate(call: Call, ctx: Context) -> Verdict:
-    """The verdict on a call.  Layers in order: hard denies, stored denies, self-protection, exact
-    approvals, and then the strictest opinion on the single actions."""
+    """The verdict on a call.  Of several things that a call does, the reason names the one that decided."""
     actions = actions_of(call, ctx)
+    verdict, part = _judged(call, actions, ctx)
+    if part is None or len(actions) == 1 or verdict.action == "allow":
+        return verdict
+    text = part_text(part)
+    shown = text if len(text) <= PART_LIMIT else text[:PART_LIMIT] + "…"
+    return verdict._replace(reason=f"{verdict.reason}: {shown}") if shown else verdict
+
+
+def part_text(action: Action) -> str:
+    """An action as a person reads it; what is known only when it runs is an ellipsis."""
+    return MARK.sub("…", action.source or action.raw or action.path).replace(ENVIRONMENT, "…")
+
+
+def _judged(call: Call, actions: Sequence[Action], ctx: Context) -> tuple[Verdict, Action | None]:
+    """The verdict and the action it is about.  Layers in order: hard denies, stored denies, self-protection, exact
+    approvals, and then the strictest opinion on the single actions."""
     rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
     text = exact_text(call, ctx)
     for action in actions:
         if reason := _hard(action, ctx):
-            return Verdict("deny", "critical", reason, "hard_deny")
-    if re.search(r"_(KEY|SECRET|TOKEN)", text) and any(action.words[:1] == ("printenv",) for action in actions):
-        return Verdict("deny", "critical", "Blocked access to secrets in the environment", "hard_deny")
+            return Verdict("deny", "critical", reason, "hard_deny"), action
+    printed = next((action for action in actions if action.words[:1] == ("printenv",)), None)
+    if printed and re.search(r"_(KEY|SECRET|TOKEN)", text):
+        return Verdict("deny", "critical", "Blocked access to secrets in the environment", "hard_deny"), printed
     exact = [r for r in rules if r.get("exact") == text and r["tool"] == call.tool]
     denied = [Verdict("deny", r["risk"], r["label"], "learned_deny", r["id"]) for r in exact if r["decision"] == "deny"]
     denied += [v._replace(layer="learned_deny") for v in _stored(call, actions, rules, ctx, "deny")]
     if denied:
-        return denied[0]
+        return denied[0], None
     if ctx.rules_broken:
-        return Verdict("ask", "high", "The rules file cannot be read, so everything is asked", "rule")
+        return Verdict("ask", "high", "The rules file cannot be read, so everything is asked", "rule"), None
     if call.tool.startswith("policy."):
-        return Verdict("ask", "high", "Policy changes always require approval", "rule")
+        return Verdict("ask", "high", "Policy changes always require approval", "rule"), None
     for action in actions:
         if reason := _protected(action, ctx):
-            return Verdict("ask", "high", reason, "rule")
+            return Verdict("ask", "high", reason, "rule"), action
     for rule in exact:
         risk = "low" if rule["decision"] == "allow" else rule["risk"]
-        return Verdict(rule["decision"], risk, rule["label"], "exact_approval", rule["id"])
-    found = _strictest(_one(call, action, rules, ctx) for action in [*actions, *_together(actions)])
-    return found or Verdict("ask", "high", "Empty", "default")
+        return Verdict(rule["decision"], risk, rule["label"], "exact_approval", rule["id"]), None
+    judged = [(_one(call, action, rules, ctx), action) for action in [*actions, *_together(actions)]]
+    return max(judged, key=lambda pair: _rank(pair[0]))
 
 
 def display_summary(call: Call) -> str:
@@ -7571,7 +7588,7 @@ def policy_check(args: argparse.Namespace) -> int:
     parts = []
     for action in seen:
         own = "deny" if _hard(action, ctx) else "ask" if _protected(action, ctx) else _one(call, action, (), ctx).action
-        parts.append({"verb": action.verb, "text": visible(" ".join(action.words) or action.path), "verdict": own})
+        parts.append({"verb": action.verb, "text": visible(part_text(action) or action.words[-1]), "verdict": own})
     facts = {"action": verdict.action, "risk": verdict.risk, "layer": verdict.layer, "reason": verdict.reason, "actions": parts}
     lines = [f"{verdict.action}  ({verdict.risk} risk, {verdict.layer}): {visible(verdict.reason)}"]
     show(args, facts, lines + [f"  {part['verdict']:<6} {part['verb']:<7} {part['text']}" for part in parts])

@@ -1084,3 +1084,20 @@ def test_a_preset_in_words(preset: str) -> None:
     assert (blocked["hard-0"], asked["ask-0"], asked["heuristic-data-egress"]) == ("critical", "high", "medium")
     assert ("default-deny" in blocked, "default-ask" in asked) == (preset == "host_locked", preset == "host_standard")
     assert len(summary["usuallyAllowed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("ls; git push origin main && ls", "Git push: git push origin main"),
+        ("echo $(sudo id)", "Blocked privilege escalation: sudo id"),
+        ("ls > /etc/hosts", "Blocked write to system files: /etc/hosts"),
+        ("ls; cat $(ls)", "Its arguments are computed when it runs: cat $(ls)"),
+        ("ls | xargs cat", "Its arguments are computed when it runs: xargs cat"),
+        ("git push origin main", "Git push"),
+        ("ls; $(x)", "Which program runs is not certain: …"),
+        ("ls; git push " + "x" * 400, "Git push: git push " + "x" * 291 + "…"),
+    ],
+)
+def test_the_reason_names_the_part_that_decided(command: str, reason: str) -> None:
+    assert oppi.evaluate(bash(command), context()).reason == reason

@@ -194,10 +194,10 @@ def test_quoting_a_literal_word_differently_never_changes_the_verdict(
 ) -> None:
     ctx = context(preset)
     line = [program, *words]
-    first = verdict(" ".join("'" + word.replace("'", "'\\''") + "'" for word in line), ctx)
+    first = verdict(" ".join("'" + word.replace("'", "'\\''") + "'" for word in line), ctx)._replace(reason="")
     for _ in range(6):
         text = "  ".join(random.choice(spellings(word)) for word in line)
-        assert verdict(text, ctx) == first, text
+        assert verdict(text, ctx)._replace(reason="") == first, text
 
 
 @many
