@@ -2481,14 +2481,6 @@ def exact_text(call: Call, ctx: Context) -> str:
     return absolute(path, ctx) if call.tool in FILE_TOOLS and isinstance(path, str) else dumps(call.input)
 
 
-def _strictest(verdicts: Iterable[Verdict]) -> Verdict | None:
-    found = None
-    for verdict in verdicts:
-        if found is None or _rank(verdict) > _rank(found):
-            found = verdict
-    return found
-
-
 def _rank(verdict: Verdict) -> tuple[int, int, bool]:
     return ACTIONS.index(verdict.action), RISKS.index(verdict.risk), verdict.layer != "default"
 
@@ -2508,21 +2500,28 @@ def _stored(call: Call, actions: Sequence[Action], rules: Sequence[Json], ctx: C
     return [Verdict(r["decision"], r["risk"], r["label"], names.get(r["scope"], "global_rule"), r["id"]) for r in found]
 
 
+def _listed(action: Action, ctx: Context) -> list[Ask]:
+    """The rows of ASKS that an action falls under."""
+    if action.verb != "run":
+        return []
+    rest = action.text[len(action.words[0]) :]
+    rows = (ask for ask in ASKS_OF.get(action.words[0], ()) if not ask.presets or ctx.preset in ask.presets)
+    return [ask for ask in rows if re.search(ask.pattern, rest)]
+
+
 def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Verdict:
     """The verdict on one action, below the layers that judge a call as a whole."""
     preset = PRESETS.get(ctx.preset)
     risk, reason = _heuristic(action, ctx)
     if reason:
         return Verdict("ask", risk, reason, "heuristic")
-    rest = action.text[len(action.words[0]) :] if action.verb == "run" else ""
-    asks = [ask for ask in ASKS_OF.get(action.words[0], ()) if re.search(ask.pattern, rest)] if action.verb == "run" else ()
-    listed = _strictest(Verdict("ask", a.risk, a.reason, "rule") for a in asks if not a.presets or ctx.preset in a.presets)
+    listed = max((Verdict("ask", ask.risk, ask.reason, "rule") for ask in _listed(action, ctx)), key=_rank, default=None)
     stored = next(iter(_stored(call, [action], rules, ctx, "ask", "allow")), None)
     if stored and not (listed and listed.risk == "high" and stored.action == "allow"):
         return stored
     browser = _browser(action, ctx) if action.verb == "run" else None
     if browser or listed:
-        return _strictest(verdict for verdict in (browser, listed) if verdict) or Verdict("deny", "high", "", "")
+        return max((verdict for verdict in (browser, listed) if verdict), key=_rank)
     default = preset.default if preset else ctx.fallback
     if preset and preset.bounded and _bounded(action, ctx):
         return Verdict("allow", "low", "Read-only, or within the workspace", "rule")
@@ -2607,12 +2606,10 @@ def _once_only(action: Action, ctx: Context) -> bool:
     """Whether an action is too much to be allowed for good: deletes, publishes, sends, or is not known exactly."""
     if action.verb != "run":
         return action.verb == "remark"
-    rest = action.text[len(action.words[0]) :]
-    asked = [ask for ask in ASKS_OF.get(action.words[0], ()) if re.search(ask.pattern, rest)]
     deletes = action.words[0] in ("rm", "unlink", "rmdir", "mv") or re.match(
         r"git (rm|branch .*-\w*[dD]|stash (drop|clear))\b", action.text
     )
-    listed = any(ask.reason != "Git push" or ctx.preset for ask in asked)
+    listed = any(ask.reason != "Git push" or ctx.preset for ask in _listed(action, ctx))
     unsure = _heuristic(action, ctx)[0] == "high" or any(map(ANY_TEXT.search, action.words))
     return bool(deletes or listed or unsure or _browser_script(action, ctx) == "eval")
 
@@ -4310,32 +4307,34 @@ class PiProcess:
             asyncio.get_running_loop().remove_reader(self._stderr_end)
 
     def _readable(self) -> None:
-        buffer = PiProcess._buffer
-        if not buffer:
-            buffer = PiProcess._buffer = bytearray(SKIP_SIZE)
-            PiProcess._front = memoryview(buffer)[:READ_SIZE]
+        """Read for a while.  What was read is handed on at once: each handing over costs as much as some deltas."""
+        if not PiProcess._buffer:
+            PiProcess._buffer = bytearray(SKIP_SIZE)
+            PiProcess._front = memoryview(PiProcess._buffer)[:READ_SIZE]
+        items: list[Json | Delta] = []
         deadline = time.monotonic() + READ_TURN_S
-        while time.monotonic() < deadline:
-            try:
-                size = os.readv(self._stdout, [buffer if self.reader.skipping else PiProcess._front])
-            except BlockingIOError:
-                return
-            except OSError:
-                size = 0
-            if not size:
-                self._stop_reading()
-                return
-            try:
-                items = self.reader.feed(buffer, size)
-            except OverflowError as error:
-                self.trouble = str(error)
-                self._stop_reading()
-                self.kill()
-                return
-            if items:
-                self.on_items(items)
-            if size < READ_SIZE:
-                return
+        while self._read_into(items) and time.monotonic() < deadline:
+            pass
+        if items:
+            self.on_items(items)
+
+    def _read_into(self, items: list[Json | Delta]) -> bool:
+        """One read; whether there may be more."""
+        buffer = PiProcess._buffer
+        try:
+            size = os.readv(self._stdout, [buffer if self.reader.skipping else PiProcess._front])
+            items += self.reader.feed(buffer, size)
+        except BlockingIOError:
+            return False
+        except OverflowError as error:
+            self.trouble = str(error)
+            self.kill()
+            size = 0
+        except OSError:
+            size = 0
+        if not size:
+            self._stop_reading()
+        return size >= READ_SIZE
 
     def _stop_reading(self) -> None:
         if self._stdout >= 0:
@@ -7664,7 +7663,8 @@ def case_verdict(case: Json) -> Verdict:
             if verdict.action == "ask" and scope != "once":
                 rule = rule_from_answer(call, at, prior["action"], scope, verdict.risk, prior.get("expiresInMs"))
                 ctx = ctx._replace(rules=[*ctx.rules, rule])
-        return evaluate(case_call(case), ctx)
+        verdict = evaluate(case_call(case), ctx)
+        return verdict._replace(reason=verdict.reason.replace(folder, "$TMP"))
 
 
 def policy_cases(args: argparse.Namespace) -> int:
