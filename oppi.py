@@ -185,6 +185,23 @@ def encode(value: Any) -> bytes:
     return dumps(value).encode("utf-8", "replace")
 
 
+class _Pattern:
+    """A regular expression that is compiled when it is first used: a command line call needs hardly any of them."""
+
+    def __init__(self, source: str, flags: int) -> None:
+        self.source, self.flags = source, flags
+
+    def __getattr__(self, name: str) -> Any:
+        compiled = re.compile(self.source, self.flags)
+        for method in ("match", "search", "fullmatch", "finditer", "sub"):
+            setattr(self, method, getattr(compiled, method))
+        return getattr(compiled, name)
+
+
+def regex(source: str, flags: int = 0) -> re.Pattern[str]:
+    return cast("re.Pattern[str]", _Pattern(source, flags))
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -689,13 +706,13 @@ TEXT_LIMIT = 200_000  # characters
 NEST_LIMIT = 30  # levels of substitutions, groups and control structures
 BRACE_LIMIT = 8  # pairs of braces in a word
 ANY, ANY_WORDS, NUMBER, GLOB = "\0\0", "\1\0", "\0#\0", "\2"
-MARK = re.compile("([\0\1])([A-Za-z0-9_#]*)\0|\2")
-FOREIGN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+MARK = regex("([\0\1])([A-Za-z0-9_#]*)\0|\2")
+FOREIGN = regex(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 NAME = "[A-Za-z_][A-Za-z0-9_]*"
-BRACED_NAME = re.compile(rf"\${NAME}[{{,}}]|\$[,}}]|\$\$\{{")  # `$a{b,c}` is `$ab $ac`: braces come before variables
+BRACED_NAME = regex(rf"\${NAME}[{{,}}]|\$[,}}]|\$\$\{{")  # `$a{b,c}` is `$ab $ac`: braces come before variables
 SPECIAL = {"{": "\3", ",": "\4", "}": "\5", "~": "\6", "[": "\7", "*": GLOB, "?": GLOB}
 ANSI_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
-PIECE = re.compile(
+PIECE = regex(
     r"(?P<plain>[A-Za-z0-9_@%+=:./^!\]#-]+)"
     r"|(?P<range>\{-?(?:0|[1-9][0-9]{0,3})\.\.-?(?:0|[1-9][0-9]{0,3})\})"
     r"|(?P<special>[{},\[*?])"
@@ -709,42 +726,43 @@ PIECE = re.compile(
     r"|(?P<joined>\\\n)"
     r"|(?P<expansion>[$`])"
 )
-PLAIN_WORD = re.compile(r"[A-Za-z0-9_@%+=:./^!\]#-]*[A-Za-z_@%+=:./^!\]#-][A-Za-z0-9_@%+=:./^!\]#-]*(?=[\s;|&()]|[<>](?!\()|$)")
-QUOTED = re.compile(r"""(?P<plain>(?:[^"\\$`]|\\[^"\\$`\n])+)|\\(?P<escape>["\\$`])|(?P<expansion>[$`])""")
-VARIABLE = re.compile(rf"\$(?:({NAME})(?![A-Za-z0-9_]|\\\n)|\{{({NAME})\}})")
-COUNTED = re.compile(rf"\$(?:[#?$]|\{{#{NAME}(?:\[[@*]\])?\}})")
-COMPUTED = re.compile(
+PLAIN_WORD = regex(r"[A-Za-z0-9_@%+=:./^!\]#-]*[A-Za-z_@%+=:./^!\]#-][A-Za-z0-9_@%+=:./^!\]#-]*(?=[\s;|&()]|[<>](?!\()|$)")
+QUOTED = regex(r"""(?P<plain>(?:[^"\\$`]|\\[^"\\$`\n])+)|\\(?P<escape>["\\$`])|(?P<expansion>[$`])""")
+VARIABLE = regex(rf"\$(?:({NAME})(?![A-Za-z0-9_]|\\\n)|\{{({NAME})\}})")
+COUNTED = regex(rf"\$(?:[#?$]|\{{#{NAME}(?:\[[@*]\])?\}})")
+COMPUTED = regex(
     rf"\$(?:[0-9@*!-]|\{{(?:[0-9]+|[@*]|(?P<name>{NAME})(?:\[(?:[@*]|[0-9]+)\]|:[0-9]+(?::[0-9]+)?"
     rf"|(?::?[-+]|%%?|##?|//?|\^\^?|,,?)[A-Za-z0-9_@%+=:,./^ *?-]*))\}})"
 )
-OWN_VARIABLES = re.compile(
+OWN_VARIABLES = regex(
     r"BASH\w*|_|REPLY|OPT\w+|S?RANDOM|SECONDS|FUNCNAME|DIRSTACK|LINENO|IFS|PS[0-9]|(OLD)?PWD|MAPFILE|EPOCH\w+|"
     r"GROUPS|E?UID|PPID|HIST\w+|PIPESTATUS|COPROC|SHELLOPTS"
 )
-DOLLAR = re.compile(r"[\s;|&)%=+:,./]|$")  # what may follow a dollar sign that is only itself
-ARITHMETIC = re.compile(
+DOLLAR = regex(r"[\s;|&)%=+:,./]|$")  # what may follow a dollar sign that is only itself
+ARITHMETIC = regex(
     rf"\(\(((?:\$?{NAME}(?![A-Za-z0-9_$])|[0-9]+(?![A-Za-z0-9_$#])|[ \t\n+\-*/%<>=!&|?:,;])*)\)\)"
 )
-BACKTICKS = re.compile(r"([^`\\]*)`")
-ASSIGNMENT = re.compile(rf"({NAME})(\+?)=")
-SUBSCRIPT = re.compile(rf"{NAME}\[")
+BACKTICKS = regex(r"([^`\\]*)`")
+ASSIGNMENT = regex(rf"({NAME})(\+?)=")
+SUBSCRIPT = regex(rf"{NAME}\[")
 # A line that is continued elsewhere joins what is around it.
-BLANK = re.compile(r"(?:[ \t]|(?:(?<=[ \t\n|])|(?<=&&))\\\n|(?<=;)\\\n(?![;&\\]))*(?:#[^\n]*)?")
-KEYWORD = re.compile(
+BLANK = regex(r"(?:[ \t]|(?:(?<=[ \t\n|])|(?<=&&))\\\n|(?<=;)\\\n(?![;&\\]))*(?:#[^\n]*)?")
+KEYWORD = regex(
     r"(?:if|then|elif|else|fi|while|until|do|done|for|case|esac|in|select|function|coproc|time|\[\[|\]\]|[{}!])(?=[\s;&|()<>]|$)"
     r"|\(\(?"
 )
-PREFIX = re.compile(r"!(?=[ \t])|time(?:[ \t]+-p)?(?=[ \t]+[^\s-])")
-FUNCTION = re.compile(r"([A-Za-z_.:][A-Za-z0-9_.:-]*)[ \t]*\([ \t]*\)[ \t\n]*(?=\{[ \t\n]|\()")
-FOR = re.compile(rf"({NAME})(?:[ \t\n]+(in)(?=[ \t\n;]))?")
-AND_OR = re.compile(r"&&|\|\|")
-PIPE = re.compile(r"\|&?(?!\|)")
-JOINED = re.compile(r"[|&](?![|&])")
-SEPARATOR = re.compile(r";(?![;&])|&(?!&)")
-REDIRECT = re.compile(r"&>>?|[0-9]{0,3}(<<<|<<-?|<>|<&|>&|>>|>\||<(?!\()|>(?!\())")
-DESCRIPTOR = re.compile(r"[ \t]*(?:[0-9]+-?|-)(?=[\s;&|()<>]|$)")
-DELIMITER = re.compile(r"""[ \t]*(?:(['"])([A-Za-z0-9_.-]+)\1|(\\?)([A-Za-z0-9_.-]+))(?=[\s;&|<>)]|$)""")
-TEST_OPERATOR = re.compile(r"(==|!=|=~|=|<|>|-(?:eq|ne|lt|le|gt|ge|nt|ot|ef))(?=[ \t])")
+PREFIX = regex(r"!(?=[ \t])|time(?:[ \t]+-p)?(?=[ \t]+[^\s-])")
+FUNCTION = regex(r"([A-Za-z_.:][A-Za-z0-9_.:-]*)[ \t]*\([ \t]*\)[ \t\n]*(?=\{[ \t\n]|\()")
+FOR = regex(rf"({NAME})(?:[ \t\n]+(in)(?=[ \t\n;]))?")
+AND_OR = regex(r"&&|\|\|")
+PIPE = regex(r"\|&?(?!\|)")
+JOINED = regex(r"[|&](?![|&])")
+SEPARATOR = regex(r";(?![;&])|&(?!&)")
+REDIRECT = regex(r"&>>?|[0-9]{0,3}(<<<|<<-?|<>|<&|>&|>>|>\||<(?!\()|>(?!\())")
+REDIRECT_START = frozenset("<>&0123456789")
+DESCRIPTOR = regex(r"[ \t]*(?:[0-9]+-?|-)(?=[\s;&|()<>]|$)")
+DELIMITER = regex(r"""[ \t]*(?:(['"])([A-Za-z0-9_.-]+)\1|(\\?)([A-Za-z0-9_.-]+))(?=[\s;&|<>)]|$)""")
+TEST_OPERATOR = regex(r"(==|!=|=~|=|<|>|-(?:eq|ne|lt|le|gt|ge|nt|ot|ef))(?=[ \t])")
 COMPARISON = frozenset("-eq -ne -lt -le -gt -ge".split())
 DECLARATIONS = frozenset("export declare local readonly typeset".split())
 SIMPLE_SETTERS = DECLARATIONS | {"read", "unset"}
@@ -1169,10 +1187,10 @@ class _Shell:
         sets: list[tuple[str, str]] = []
         while start != self.at:
             start = self.at
-            command = self.redirected(command)
-            self.need(words or not self.peek(SUBSCRIPT))
-            self.need(words or not (sets or command.redirects) or not self.peek(KEYWORD))
-            match = None if words else self.take(ASSIGNMENT)
+            self.take(BLANK)
+            if self.text[self.at : self.at + 1] in REDIRECT_START:
+                command = self.redirected(command)
+            match = None if words else self.first(sets, command)
             if match and self.take_text("("):
                 sets.append((match.group(1), self.array()))
             elif match:
@@ -1180,7 +1198,7 @@ class _Shell:
                 sets.append((match.group(1), ANY if match.group(2) else value))
             else:
                 words += self.word()
-                self.need(words[:1] == [] or words[0] not in DECLARATIONS or "{" not in self.text[start : self.at])
+                self.need(not words or words[0] not in DECLARATIONS or "{" not in self.text[start : self.at])
         self.need(words or sets or command.reads or command.writes or command.fed != self.fed)
         if words:
             self.program(words[0], [name for name, _ in sets])
@@ -1189,6 +1207,12 @@ class _Shell:
             self.assign(name, value, self.sure and not command.reads and not command.writes and not words)
         source = self.text[begin : self.at].strip(" \t\n")
         self.commands.append(command._replace(words=tuple(words), sets=tuple(sets), source=source))
+
+    def first(self, sets: list[tuple[str, str]], command: Command) -> re.Match[str] | None:
+        """The assignment that stands before the program, if one does."""
+        self.need(not self.peek(SUBSCRIPT))
+        self.need(not (sets or command.redirects) or not self.peek(KEYWORD))
+        return self.take(ASSIGNMENT)
 
     def array(self) -> str:
         begin = self.at
@@ -1460,7 +1484,7 @@ HELPERS = frozenset(
     "cd echo pwd sleep true false : printf test [ which basename dirname date uname whoami nproc".split()
 )  # their words are no files that are read
 GIT_READS = frozenset("status log diff show blame rev-parse".split())
-GIT_LISTS = re.compile(
+GIT_LISTS = regex(
     r"(branch( (-[arv]+|--(list|all|remotes|show-current|no-color)))*|tag( (-l|--list))*|remote( -v)?|stash list)"
 )
 LONG_READS = frozenset(
@@ -1504,8 +1528,8 @@ DEEP_READERS = {  # program or tool -> words with which it reads whole folders
 SYSTEM_ROOTS = tuple("/etc /usr /bin /sbin /lib /lib64 /boot /System /Library /dev /proc /sys /var/db /private/etc".split())
 SYSTEM_FILES = ("/etc/", "/private/etc/", "/system/", "/library/", "/boot/")
 PROGRAM_FILES = ("/usr/", "/bin/", "/sbin/", "/lib", "/opt/homebrew/")
-DISKS = re.compile(r"/dev/(?!null|zero|u?random|std|fd/|tty|full)")
-SELF_STARTING = re.compile(
+DISKS = regex(r"/dev/(?!null|zero|u?random|std|fd/|tty|full)")
+SELF_STARTING = regex(
     r"/\.git/(hooks(/|$)|config|info/attributes|modules/)|/launch(agents|daemons)(/|$)|/fetch/allowed_domains\.txt$|/\.zlogout$"
     r"|/\.git/(.*/)?(hooks/|config(\.worktree)?$)|/\.pi/(extensions|settings\.json)|/\.(husky|oh-my-zsh)/|/\.envrc$"
     r"|/\.claude/settings|/var/(spool/cron|at)/|/\.config/(git|fish|systemd|autostart)/"
@@ -1514,7 +1538,7 @@ SELF_STARTING = re.compile(
 START_FILES = frozenset(
     ".bashrc .bash_profile .bash_login .profile .zshrc .zprofile .zshenv .zlogin .gitconfig .config/fish/config.fish".split()
 )
-SECRET_PATH = re.compile(
+SECRET_PATH = regex(
     r"(?i)/\.(?:ssh|aws|gnupg|docker|kube|azure)(?:/|$)|/\.config/(?:gh|gcloud)(?:/|$)|/Library/Keychains(?:/|$)"
     r"|/(?:\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json|\.git-credentials|\.pgpass|\.vault-token)$"
     r"|/\.cargo/credentials|/\.config/git/credentials$|^/etc/shadow$|^/proc/.*/environ$"
@@ -1522,36 +1546,36 @@ SECRET_PATH = re.compile(
 )
 SECRET_HOMES = ".ssh .aws .gnupg .docker .kube .azure .config/gh .config/gcloud .netrc .npmrc .pypirc Library/Keychains".split()
 SECRET_FILES = (".env", ".netrc", ".npmrc", ".pypirc", "auth.json")
-SECRET_VARIABLE = re.compile(r"(?i)key|token|secret|passw|credential|auth(?!or)")
-CHANGED_PROGRAMS = re.compile(  # variables that decide what a program is or runs
+SECRET_VARIABLE = regex(r"(?i)key|token|secret|passw|credential|auth(?!or)")
+CHANGED_PROGRAMS = regex(  # variables that decide what a program is or runs
     r"PATH|IFS|ENV|HOME|CDPATH|LD_\w+|DYLD_\w+|BASH\w*|SHELLOPTS|PS4|PROMPT_COMMAND|"
     r"GIT_(?!AUTHOR_|COMMITTER_|TERMINAL_PROMPT)\w+|"
     r"\w*PAGER|\w*EDITOR|VISUAL|BROWSER|PYTHON\w+|NODE_(OPTIONS|PATH)|PERL\w+|RUBY\w+|JAVA_TOOL_OPTIONS|npm_config_\w+|LESS\w+|"
     r"RIPGREP_CONFIG_PATH|TAR_OPTIONS|GLOBIGNORE"
 )
-DATA_FLAGS = re.compile(r"-[A-Za-z]*[dFTKun].*|@.*|file:.*|(?=[^-].*[./:]).*[\[\]{}].*")
+DATA_FLAGS = regex(r"-[A-Za-z]*[dFTKun].*|@.*|file:.*|(?=[^-].*[./:]).*[\[\]{}].*")
 SENDING = "data form json upload-file user config url-query expand- post-data post-file body-data body-file variable".split()
-UNSAFE_METHOD = re.compile(r"(?i)(^| )(-[a-z]*X|--req[a-z]*|--met[a-z]*)[ =]?(?!(GET|HEAD)( |$))\w")
+UNSAFE_METHOD = regex(r"(?i)(^| )(-[a-z]*X|--req[a-z]*|--met[a-z]*)[ =]?(?!(GET|HEAD)( |$))\w")
 LOOPBACK = r"(?i)((https?|wss?)://)?(localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|\[::1?\])(:(?P<port>\d+))?(/.*)?$"
-RISKY_CODE = re.compile(
+RISKY_CODE = regex(
     r"rmtree|unlink|remove|rmdir|rimraf|rmSync|subprocess|child_process|system\b|popen|exec|eval|`|socket|urllib|requests|"
     r"https?:|fetch\b|environ|getenv|ENV\b|\.(ssh|aws|gnupg|netrc|npmrc|pypirc|env|docker|kube)\b|auth\.json"
 )
-BROWSER = r"(?:\S*/)?scripts/(nav|eval|screenshot|start|dismiss-cookies|pick|watch|logs-tail|net-summary)\.js"
+BROWSER = regex(r"(?:\S*/)?scripts/(nav|eval|screenshot|start|dismiss-cookies|pick|watch|logs-tail|net-summary)\.js(?= |$)")
 SED_ADDRESS = r"(?:[0-9]+|\$|/(?:[^/\\\n]|\\.)*/I?)"
-SED_COMMAND = re.compile(  # one that neither runs (e, s///e) nor writes (w, s///w) nor reads other files (r, R)
+SED_COMMAND = regex(  # one that neither runs (e, s///e) nor writes (w, s///w) nor reads other files (r, R)
     rf"[\s;]*(?:{SED_ADDRESS}(?:,[+~]?{SED_ADDRESS})?)?\s*!?\s*(?:[pdqQDGHNPgnxlh=]|[aic]\\?[^\n]*|"
     r"(?:s(?P<s>[^\w\s\\;])(?:(?!(?P=s))[^\\\n]|\\[\s\S])*(?P=s)(?:(?!(?P=s))[^\\]|\\[\s\S])*(?P=s)[gIip0-9]*)|"
     r"(?:y(?P<y>[^\w\s\\;])(?:(?!(?P=y))[^\\]|\\.)*(?P=y)(?:(?!(?P=y))[^\\]|\\.)*(?P=y)))\s*(?:[;\n]\s*|$)"
 )
-SED_IN_PLACE = re.compile(r"-\w*i|--i")
-JQ_MORE = re.compile(r"\benv\b|ENV|\b(import|include|modulemeta|get_search_list)\b")
-TAKEN_OVER = re.compile(  # of those, the ones that make everyday programs run something else
+SED_IN_PLACE = regex(r"-\w*i|--i")
+JQ_MORE = regex(r"\benv\b|ENV|\b(import|include|modulemeta|get_search_list)\b")
+TAKEN_OVER = regex(  # of those, the ones that make everyday programs run something else
     r"PS4|BASH_ENV|ENV|IFS|CDPATH|PROMPT_COMMAND|SHELLOPTS|LD_\w+|DYLD_\w+|"
     r"GIT_(?!AUTHOR_|COMMITTER_|TERMINAL|PAGER|EDITOR|SEQ)\w+|"
     r"PERL5?(OPT|LIB|DB)\w*|RUBY(OPT|LIB)|JAVA_TOOL_OPTIONS|TAR_OPTIONS|RIPGREP_CONFIG_PATH|LESSOPEN|GLOBIGNORE"
 )
-ANY_TEXT = re.compile("\0\0|\1\0")  # a mark for text that the script may choose as it likes
+ANY_TEXT = regex("\0\0|\1\0")  # a mark for text that the script may choose as it likes
 ENVIRONMENT = "\3"  # the mark of a value from the environment, which the agent does not choose
 EMPTY = "\5"  # the mark of such a value if it is empty
 COMBINATIONS = 64  # of values of variables that are looked at
@@ -1684,7 +1708,10 @@ def normal_words(words: Sequence[str]) -> tuple[str, ...]:
     elif name[:1] == "g" and name[1:] in GNU_NAMES:
         words = [name[1:], *words[1:]]
     else:
-        words = [re.sub(r"^(python|perl|ruby|php|lua|node)(js)?[\d.]+$", r"\1", name), *words[1:]]
+        words = [
+            re.sub(r"^(python|perl|ruby|php|lua|node)(js)?[\d.]+$", r"\1", name) if name[-1:].isdigit() else name,
+            *words[1:],
+        ]
     if words[0] == "git":
         while len(words) > 1 and words[1].startswith("-"):
             del words[1 : 3 if words[1] in GIT_VALUES else 2]
@@ -2176,10 +2203,12 @@ def _together(actions: Sequence[Action]) -> list[Action]:
 
 def _browser_script(action: Action, ctx: Context) -> str:
     """Which script of the browser skill an action runs, "" if none: the skill's own, not one of the workspace."""
-    match = re.fullmatch(BROWSER, action.raw.split(" ")[0])
+    match = BROWSER.match(action.raw)
+    if not match:
+        return ""
     places = [absolute(action.raw.split(" ")[0], ctx, cwd) for cwd in action.cwds]
     own = all("/agent/skills/web-browser/scripts/" in place and not inside(place, ctx.cwd) for place in places)
-    return match.group(1) if match and places and own else ""
+    return match.group(1) if places and own else ""
 
 
 def _destinations(action: Action, ctx: Context) -> list[set[str]]:
@@ -2342,7 +2371,7 @@ def parse_domains(text: str) -> tuple[str, ...]:
     return tuple(line for line in lines if line)
 
 
-LEARNED_LABEL = re.compile("(Allow|Ask|Deny) exactly: ")
+LEARNED_LABEL = regex("(Allow|Ask|Deny) exactly: ")
 RULE_FIELDS = ("decision", "label", "tool", "pattern", "executable", "expiresAt")
 
 
@@ -2722,11 +2751,16 @@ class PiReader:
         items: list[Json | Delta] = []
         position = 0
         while position < end:
-            newline = chunk.find(b"\n", position, end)
+            newline, skip = chunk.find(b"\n", position, end), self._skip
             stop = end if newline < 0 else newline
-            if self._skip is not None:
-                if not isinstance(self._skip, Delta):  # only agent_end has something at its end
-                    self._tail = (self._tail + chunk[max(position, stop - TAIL) : stop])[-TAIL:]
+            if skip.__class__ is Delta:  # the usual case: the rest of a long line of which all is known
+                if newline >= 0:
+                    items.append(skip)
+                    self._skip, self._look_at = None, HEAD
+                position = stop + 1
+                continue
+            if skip is not None:  # only agent_end has something at its end
+                self._tail = (self._tail + chunk[max(position, stop - TAIL) : stop])[-TAIL:]
             elif self._line or newline < 0:
                 self._keep(chunk, position, stop)
             else:
@@ -2747,9 +2781,10 @@ class PiReader:
             if len(self._line) >= self._look_at:
                 self._look_at = 2 * len(self._line)
                 self._skip = self._front(self._line, 0, len(self._line))
-        if self._skip is not None:
-            self._tail = bytes(chunk[max(start, stop - TAIL) : stop])
+        if self._skip is not None and self._line:
             self._line = bytearray()
+        if self._skip is not None and self._skip.__class__ is not Delta:
+            self._tail = bytes(chunk[max(start, stop - TAIL) : stop])
 
     def _finish(self) -> list[Json | Delta]:
         """The line has ended: what it stands for, if it was not emitted already."""
