@@ -726,7 +726,7 @@ PIECE = regex(
     r"|(?P<joined>\\\n)"
     r"|(?P<expansion>[$`])"
 )
-PLAIN_WORD = regex(r"[A-Za-z0-9_@%+=:./^!\]#-]*[A-Za-z_@%+=:./^!\]#-][A-Za-z0-9_@%+=:./^!\]#-]*(?=[\s;|&()]|[<>](?!\()|$)")
+PLAIN_WORD = regex(r"[A-Za-z0-9_@%+=:./^!\]#-]+(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)")  # digits before `>` are a descriptor
 QUOTED = regex(r"""(?P<plain>(?:[^"\\$`]|\\[^"\\$`\n])+)|\\(?P<escape>["\\$`])|(?P<expansion>[$`])""")
 VARIABLE = regex(rf"\$(?:({NAME})(?![A-Za-z0-9_]|\\\n)|\{{({NAME})\}})")
 COUNTED = regex(rf"\$(?:[#?$]|\{{#{NAME}(?:\[[@*]\])?\}})")
@@ -1882,7 +1882,7 @@ class _Unfolding:
         operands = _path_words(normal)
         files = [word for word in operands if not word.startswith("-")]
         moved = [f"{to}/{base_name(word.rstrip('/'))}" for to in files for word in files[:-1]] if normal[0] in COPIERS else []
-        paths = _paths([*operands, *options, *moved[:PATH_LIMIT]], self.ctx, cwds)
+        paths = _paths([*operands, *options, *moved[:PATH_LIMIT]], self.ctx, cwds) if operands or options else ()
         last = normal[0] in COPIERS - {"mv"} and not any(re.match(r"-\w*t|--t", word) for word in normal)
         targets = _paths([*files[-1:], *moved], self.ctx, cwds) if last else paths
         if normal[0] in INTERPRETERS | {"awk", "gawk", "mawk"} or (
@@ -2583,7 +2583,9 @@ def part_text(action: Action) -> str:
 def _judged(call: Call, actions: Sequence[Action], ctx: Context) -> tuple[Verdict, Action | None]:
     """The verdict and the action it is about.  Layers in order: hard denies, stored denies, self-protection, exact
     approvals, and then the strictest opinion on the single actions."""
+    names = {name for action in actions for name in (*action.words[:1], *action.via)}
     rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
+    rules = [rule for rule in rules if not rule.get("executable") or base_name(rule["executable"]).lower() in names]
     text = exact_text(call, ctx)
     for action in actions:
         if reason := _hard(action, ctx):
