@@ -767,6 +767,7 @@ COMPARISON = frozenset("-eq -ne -lt -le -gt -ge".split())
 DECLARATIONS = frozenset("export declare local readonly typeset".split())
 SIMPLE_SETTERS = DECLARATIONS | {"read", "unset"}
 SETTERS = SIMPLE_SETTERS | frozenset("let mapfile readarray getopts wait shift".split())
+HIDDEN_SETTERS = SETTERS | {"printf", "test", "[", "command", "builtin"}  # what must not stand behind a variable
 TESTS = COMPARISON | frozenset("= == != < > -a -o -nt -ot -ef ] )".split())
 STANDARD_STREAMS = ("/dev/null", "/dev/stdout", "/dev/stderr", "/dev/tty")
 
@@ -793,6 +794,7 @@ class Script(NamedTuple):
     values: dict[str, list[str]]
     seen: set[str]  # variables that the script refers to
     functions: set[str]
+    trusted: set[str]  # variables whose text from the environment is taken for a number, one word or a program
 
 
 class _Unclear(Exception):
@@ -1236,14 +1238,15 @@ class _Shell:
     def builtin(self, name: str, words: list[str]) -> None:
         """What bash's own commands do to variables.  Some also run what is hidden in a subscript."""
         if name in ("command", "builtin"):
-            self.need(words[:1] in (["-v"], ["-V"]) or not (SETTERS | {"test", "[", "printf"}) & set(words))
+            program = next((word for word in words if not word.startswith("-")), "")
+            self.need(words[:1] in (["-v"], ["-V"]) or not (MARK.search(program) or HIDDEN_SETTERS & set(words)))
         if name in ("test", "["):
             for word, after in zip(words, [*words[1:], "]"]):
                 self.need(word not in ("-v", "-R") and not (MARK.search(word) and after not in TESTS))
                 for mark in re.finditer("\1([^\0]*)\0", word):
                     self.need(mark.group(1))
                     self.singles.add(mark.group(1))
-        self.need(name != "printf" or not any(word.startswith("-v") for word in words))
+        self.need(name != "printf" or not (words and (words[0].startswith("-v") or MARK.match(words[0]))))
         for word in words if name in SIMPLE_SETTERS else ():
             match = ASSIGNMENT.match(word) if name in DECLARATIONS else None
             head = match.group() if match else word
@@ -1360,8 +1363,8 @@ class _Shell:
             for name in names:
                 self.need(all(re.fullmatch(rf"{allowed}|\0{name}\0", value) for value in self.values.get(name, ())))
         for value in (value for name in self.programs for value in self.values.get(name, ())):
-            self.need(value not in SETTERS | {"printf", "test", "["})
-        return Script(self.commands, self.values, self.seen, self.functions)
+            self.need(value not in HIDDEN_SETTERS)
+        return Script(self.commands, self.values, self.seen, self.functions, self.counts | self.singles | self.programs)
 
 
 def _finish(word: str, value: bool) -> str:
@@ -1760,13 +1763,17 @@ class _Unfolding:
         self.values: Mapping[str, Sequence[str]] = {}
         self.functions: set[str] = set()
 
-    def script(self, text: str) -> list[Action]:
-        """The actions of `text`, which bash runs."""
+    def script(self, text: str, given: Iterable[tuple[str, str]] = ()) -> list[Action]:
+        """The actions of `text`, which bash runs with these assignments and with what was assigned around it."""
         parsed = parse_shell(text) if self.depth < 5 else None
         if parsed is None:
             self.actions.append(_remark("Not recognised as commands", raw=text))
             return self.actions
-        kept, self.values, self.depth = self.values, parsed.values, self.depth + 1
+        kept, values = self.values, {name: list(found) for name, found in parsed.values.items()}
+        for name, found in [*self.values.items(), *((name, [value]) for name, value in given)]:
+            values.setdefault(name, [f"\0{name}\0"]).extend(found)
+            self.remarks(name in parsed.trusted, "A variable decides what it does")
+        self.values, self.depth = values, self.depth + 1
         self.functions |= parsed.functions
         sets = [name for command in parsed.commands for name, value in command.sets if value not in ("", "cat", "true", ":")]
         self.remarks(any(map(TAKEN_OVER.fullmatch, sets)), "Makes programs run something else")
@@ -1860,7 +1867,9 @@ class _Unfolding:
         if known in WRAPPERS and words[1:2] not in (("-v",), ("-V",)):
             inner = self.unwrapped(known, words)
             if inner:
-                self.run(tuple(inner), command, (*via, name))
+                skipped = (word.partition("=") for word in words[1 : len(words) - len(inner)] if known == "env" and "=" in word)
+                sets = (*command.sets, *((left, right) for left, _, right in skipped))
+                self.run(tuple(inner), command._replace(sets=sets), (*via, name))
                 return
             hidden = inner is None
         else:
@@ -1902,12 +1911,12 @@ class _Unfolding:
             self.plain = False  # a virtual environment of the workspace
             return False
         if name == "trap":
-            self.script(words[1]) if words[1:2] not in (("-",), ("",), ()) else None
+            self.script(words[1], command.sets) if words[1:2] not in (("-",), ("",), ()) else None
             return False
         if name in HIDERS:
             return name != "tmux" or not re.fullmatch(TMUX_READS, "".join(words[1:2]))
         if name == "eval":
-            self.script(" ".join(words[1:]))
+            self.script(" ".join(words[1:]), command.sets)
             return True
         if name == "set":
             return not all(re.fullmatch(r"[-+][euxo]+|pipefail", word) for word in words[1:])
@@ -1917,10 +1926,10 @@ class _Unfolding:
             return not _sed_is_harmless(words)
         elif name in SHELLS and any(re.match("-[a-z]*c", word) for word in words):
             known = re.fullmatch("-[elux]*c", words[1]) is not None and len(words) > 2 and name in ("sh", "bash", "dash")
-            self.script(words[2] if known else " ".join(words[1:]))
+            self.script(words[2] if known else " ".join(words[1:]), command.sets)
             return not known
         elif name in SHELLS and command.text:
-            self.script(command.text)
+            self.script(command.text, command.sets)
         return False
 
     @staticmethod

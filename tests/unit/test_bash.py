@@ -622,6 +622,8 @@ xx {a,"`git "{b,c}"`"}
 xx {a,$(git {b,c})} ¦ xx $#{a,b} ¦ xx {a,`git {b,c}`} ¦ xx {a,$((1,2))} ¦ xx {a,<(git {b,c})} ¦ xx {a,'b,c'} ¦ xx {a,"b,c"}
 xx {a,$'b,c'}
 xx {a,\,} ¦ xx {a,${x:-b,c}} ¦ xx {a,"$(git ",")"}
+x=-v; printf "$x" z sudo; $z id ¦ c=printf; command $c -v z sudo; $z id ¦ c=command; $c printf -v z sudo; $z id
+c=printf; builtin "$c" -v z sudo; $z id ¦ x=-vz; printf $x sudo; $z id
 x="$(case x in (esac) git '$(sudo id)';; esac)" ¦ xx "$(case x in y) ls;; (esac|z) git '`sudo id`';; esac)" ¦ xx $(>&2 ! sudo id)
 ls >(2>f ! sudo id) ¦ xx "$(<<< a time -p ! sudo id)" ¦ xx `>f ! git` ¦ z=$(f() { >f ! sudo id; }; f) ¦ x() {a,b} ¦ xx $(>f { git)
 xx "$(<<E ! sudo id⏎E⏎)" ¦ xx $(>f x=1 ! git) ¦ xx $(>f [[ -v 'a[$(sudo id)]' ]]) ¦ xx "$(a <<'E' | b⏎)'$(sudo id)⏎E⏎)"

@@ -1101,3 +1101,26 @@ def test_a_preset_in_words(preset: str) -> None:
 )
 def test_the_reason_names_the_part_that_decided(command: str, reason: str) -> None:
     assert oppi.evaluate(bash(command), context()).reason == reason
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "F=~/.ssh/id_rsa sh -c 'cat $F'",
+        "F=~/.ssh/id_rsa; export F; bash -c 'cat \"$F\"'",
+        "env F=/Users/u/.ssh/id_rsa sh -c 'cat $F'",
+        "x=~/.ssh/id_rsa; eval 'cat $x'",
+        "p=sudo; export p; sh -c '$p id'",
+        "F=~/.ssh/id_rsa nohup env A=1 bash -c 'sh -c \"cat \\$F\"'",
+        "x=~/.ssh/id_rsa; trap 'cat $x' EXIT",
+        "x=~/.ssh/id_rsa bash <<'EOF'\ncat $x\nEOF",
+    ],
+)
+def test_a_variable_counts_in_every_script_it_reaches(command: str) -> None:
+    assert ask(command, context()) == "deny"
+
+
+def test_a_variable_from_outside_that_decides_what_runs_is_asked_about() -> None:
+    for command in ("F='a[$(sudo id)]' sh -c 'echo $((F))'", "c=read; export c; bash -c '$c x'", "x='a b'; sh -c '[ $x = y ]'"):
+        assert ask(command, context()) == "ask", command
+    assert ask("NODE_ENV=test bash -c 'npm test'", context()) == "allow"
