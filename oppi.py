@@ -1457,7 +1457,7 @@ class Action(NamedTuple):
     code: str = ""  # the literal text that it reads as its input
     doubtful: bool = False  # it has this form only if a variable of the environment is empty
     own: bool = True  # nothing in the script makes the program another one
-    raw_words: tuple[str, ...] = ()
+    raw_words: tuple[str, ...] = ()  # the words before the tables' form of them
 
     @property
     def text(self) -> str:
