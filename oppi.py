@@ -4556,6 +4556,7 @@ ABORT_S, ABORT_AGAIN_S = 8.0, 5.0
 HELD_ACK_S = 1.0  # a turn pi has not answered after this is acknowledged as held
 GATE_WAIT_S = 5.0
 SILENCE_S = 8.0  # the apps reconnect after 45 s without a text, thinking or tool frame
+DEAF_S = 30.0  # extensions may delay the acceptance of a prompt, but hardly for longer
 TAKEN_S = 1.0  # after it accepted a prompt pi needs about 20 ms to begin
 STATE_S, STATE_BURST = 0.25, 8  # one `state` in so long after the first few: it is the whole session each time
 FOR_EVER_MS = 100 * 365 * 86_400_000
@@ -4823,6 +4824,12 @@ class Turns:
         self.ack(key, "accepted", reply, **request)
         asyncio.get_running_loop().call_later(HELD_ACK_S, self.dispatched, item)
         return item
+
+    def hold(self, command: str, payload: Json) -> None:
+        """A message that a person put into pi's queue directly."""
+        text = str(payload["message"])
+        self.book.add(new_id(12), Turn(command, "", now_ms(), text, payload, False, "dispatched"))
+        self.save()
 
     async def next(self) -> Waiting:
         while not self.line:
@@ -5407,16 +5414,22 @@ class LiveSession:
                 self.taken.clear()
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
                 self.pi.call({"type": turn.command, **turn.payload}, functools.partial(self._answered, item, slash))
+                if not slash:
+                    self._timers["deaf"] = asyncio.get_running_loop().call_later(DEAF_S, self._tell_deaf)
                 if not slash and not await asyncio.shield(item.done):
                     with contextlib.suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(self.taken.wait(), TAKEN_S)
 
     def _answered(self, item: Waiting, slash: bool, response: Json) -> None:
         """pi has answered a turn: it has it, or refuses it, or has ended before it could."""
+        self._cancel_timer("deaf")
         refusal = "" if response.get("success") is True else str(response.get("error") or "refused")
         self.turns.answered(item, refusal, response.get("error") == PI_GONE)
         if slash and not refusal:
             asyncio.get_running_loop().call_later(TAKEN_S, self._command_over, item.turn_id)
+
+    def _tell_deaf(self) -> None:
+        self.emit({"type": "error", "error": f"pi has not reacted for {DEAF_S:.0f} s. Stop the session if it hangs."})
 
     def _command_over(self, turn_id: str) -> None:
         """An extension's command makes no message; had pi expanded it to one, a run would have begun by now."""
@@ -5453,6 +5466,7 @@ class LiveSession:
                 self.clearing = False
             for kind, items in drafts:
                 for item in items:
+                    self.turns.hold(kind, item)
                     await self.pi.request({"type": kind, **item})
         return self.queue
 
@@ -5901,8 +5915,9 @@ class Sessions:
             raise BadRequest(f"Session CWD ({found['cwd']}) is not within workspace path ({mount})")
         self.check_free(real)
         first = found.get("firstMessage", "")
-        body = {"name": body.get("name") or found.get("name") or first[:80], "model": body.get("model") or found.get("model")}
-        record = self.create(workspace, body)
+        record = self.create(workspace, {**body, "name": body.get("name") or found.get("name") or first[:80]})
+        if not body.get("model"):
+            record.pop("model", None)  # pi finds its own in the file
         record.update(status="stopped", piSessionFile=real, piSessionFiles=[real], piSessionId=found["piSessionId"])
         record.update(messageCount=found["messageCount"], **({"firstMessage": first} if first else {}))
         self.store.save_session(record)

@@ -4,6 +4,7 @@ offered after a crash, and never run twice or by themselves."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.phone import CommandFailed, Frame
+from tests.support.server import ROOT
 
 from .rig import DIALECTS, Chat, Rig, eventually, rig_with
 
@@ -198,3 +200,17 @@ def test_a_prompt_of_app_10_is_safe_while_pi_starts(tmp_path: Path, repeat: bool
         phone.wait("agent_end", since=0)
         assert rig.prompts_of_pi() == ["early"]
         eventually(lambda: held(rig, sid) == [])
+
+
+def test_a_pi_that_does_not_react_is_told_of(tmp_path: Path) -> None:
+    """With a patience of less than the 30 s that a person gets to see."""
+    impatient = "import sys; sys.path.insert(0, sys.argv.pop(1)); import oppi; oppi.DEAF_S = 0.2; oppi.run()"
+    with rig_with(tmp_path, program=[sys.executable, "-c", impatient, str(ROOT)]) as rig:
+        chat = rig.chat()
+        chat.phone.prompt(chat.sid, "!hang", wait=None)
+        chat.phone.wait("message_end")
+        for number in range(5):  # the first may still meet a pi that listens
+            chat.phone.send("prompt", sessionId=chat.sid, message=f"anybody there? {number}")
+        assert "has not reacted" in chat.phone.wait("error")["error"]
+        chat.stop()
+        assert chat.phone.session_detail(chat.wid, chat.sid)["session"]["status"] == "stopped"
