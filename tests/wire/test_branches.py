@@ -19,7 +19,7 @@ def write_session(rig: Rig, name: str = "one", cwd: str = "", header: Any = None
     head = {"type": "session", "version": 3, "id": f"id-{name}", "timestamp": "2026-01-02T03:04:05.678Z"}
     head.update(cwd=cwd or str(rig.server.workspace), **more)
     user = {"role": "user", "content": [{"type": "text", "text": f"begun in the terminal: {name}"}], "timestamp": 1}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "fine"}], "provider": "fake", "model": "m", "timestamp": 2}
+    answer = {"role": "assistant", "content": "fine", "provider": "fake", "model": "m", "timestamp": 2}
     lines = [
         head if header is None else header,
         {"type": "message", "id": "aaaaaaaa", "parentId": None, "timestamp": "2026-01-02T03:04:06.000Z", "message": user},
