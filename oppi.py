@@ -5538,6 +5538,7 @@ REFUSED_BYTES = 32 * 1024 * 1024  # discarded after an error before the connecti
 BODY_LIMIT = 24 * 1024 * 1024  # bytes; a session may be created with images
 OPEN_BODY_LIMIT = 4 * 1024  # the same without a token
 FRAME_LIMIT = 16 * 1024 * 1024
+CHUNK = 64 * 1024  # bytes read, or turned into a response on the loop, at a time
 CONNECTIONS = 512
 FILES = 4096  # open files the server asks the system for
 HEAD_TIME_S, BODY_TIME_S, IDLE_TIME_S, REFUSED_TIME_S = 20.0, 300.0, 75.0, 2.0
@@ -5553,6 +5554,20 @@ CORS = (
 REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}
+ONCE = ("host", "content-length", "authorization", "transfer-encoding", "origin")  # headers nobody may repeat
+
+
+def require(good: Any, text: str) -> None:
+    """Raises BadRequest unless `good`."""
+    if not good:
+        raise BadRequest(text)
+
+
+def existing(value: Any, text: str) -> Any:
+    """`value`.  Raises NotFound if it is None."""
+    if value is None:
+        raise NotFound(text)
+    return value
 
 
 class Request:
@@ -5561,12 +5576,10 @@ class Request:
     def __init__(self, method: str, target: str, headers: dict[str, str], peer: str) -> None:
         import urllib.parse
 
-        self.method, self.headers, self.peer = method, headers, peer
-        path, _, self.raw_query = target.partition("?")
-        self.path = path
-        self.parts = [urllib.parse.unquote(part, errors="strict") for part in path.split("/")[1:]]
-        self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
-        self.body = b""
+        self.method, self.headers, self.peer, self.body = method, headers, peer, b""
+        self.path, _, query = target.partition("?")
+        self.parts = [urllib.parse.unquote(part, errors="strict") for part in self.path.split("/")[1:]]
+        self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
 
     def json(self) -> Json:
         """The body as an object; {} when empty.  Raises BadRequest."""
@@ -5574,28 +5587,26 @@ class Request:
             value = parse_json(self.body) if self.body.strip() else {}
         except ValueError:
             raise BadRequest("Invalid JSON") from None
-        if not isinstance(value, dict):
-            raise BadRequest("Request body must be a JSON object")
-        return value
+        require(isinstance(value, dict), "Request body must be a JSON object")
+        return cast(Json, value)
 
 
 def parse_head(head: bytes, peer: str) -> Request:
     """Request line and headers.  Raises BadRequest for anything that is not plain HTTP/1.1."""
-    lines = head.decode("latin-1").split("\r\n")
-    match = re.fullmatch(r"([A-Z]{1,16}) (\*|/(?!/)[!-~]*) HTTP/1\.[01]", lines[0])
+    first, *lines = head.decode("latin-1").split("\r\n")
+    match = re.fullmatch(r"([A-Z]{1,16}) (\*|/(?!/)[!-~]*) HTTP/1\.[01]", first)
     if not match:
         raise BadRequest("Malformed request line")
     headers: dict[str, str] = {}
-    for line in lines[1:]:
+    for line in lines:
         field = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
         if not field:
             raise BadRequest("Malformed header")
         name = field.group(1).lower()
-        if name in headers and name in ("host", "content-length", "authorization", "transfer-encoding", "origin"):
-            raise BadRequest(f"Repeated header: {name}")
+        require(name not in headers or name not in ONCE, f"Repeated header: {name}")
         headers[name] = field.group(2).strip(" \t")
-    if not re.fullmatch(r"[A-Za-z0-9._~-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?", headers.get("host", "")):
-        raise BadRequest("Malformed Host")
+    host = r"[A-Za-z0-9._~-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?"
+    require(re.fullmatch(host, headers.get("host", "")), "Malformed Host")
     try:
         return Request(match.group(1), match.group(2), headers, peer)
     except UnicodeDecodeError:
@@ -5610,8 +5621,8 @@ class Reply(NamedTuple):
     close: bool = False
 
 
-def response_bytes(reply: Reply, zip_it: bool) -> bytes:
-    """A whole HTTP response.  May be slow for a large body; see Connection._answer."""
+def response_bytes(reply: Reply, zip_it: bool = False) -> bytes:
+    """A whole HTTP response.  May be slow for a large body; see Connection._response."""
     body = reply.body if isinstance(reply.body, bytes) else b"" if reply.status == 204 else encode(reply.body)
     lines = [f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Unknown')}"]
     lines += [f"{name}: {value}" for name, value in CORS]
@@ -5633,191 +5644,137 @@ def log_stranger(request: Request) -> None:
 
 
 class Connection:
-    """One TCP connection; an asyncio protocol.  Requests are served one after the other."""
+    """One TCP connection.  Requests are answered one after the other, until one makes it a WebSocket."""
 
-    def __init__(self, edge: Edge) -> None:
-        self.edge = edge
-        self.transport: Any = None
-        self.buffer = bytearray()
-        self.request: Request | None = None  # its head is read, its body is not
-        self.need = 0  # bytes of the body
+    def __init__(self, edge: Edge, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.edge, self.reader, self.writer, self.transport = edge, reader, writer, writer.transport
+        self.peer = str((writer.get_extra_info("peername") or ("",))[0])
         self.busy = False  # a request is being answered
-        self.refused = False  # an error was answered; what still comes is discarded
-        self.stuck = False  # the peer does not read
-        self.discarded = 0
-        self.until = 0.0  # when the body of an admitted request must be complete
         self.socket: Socket | None = None
         self.timer: Any = None
-        self.peer = ""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        peer = transport.get_extra_info("peername") or ("",)
-        self.peer = str(peer[0])
-        self.edge.connections[self] = None
-        if len(self.edge.connections) > CONNECTIONS:  # the oldest that asks nothing makes room
-            oldest = next((c for c in self.edge.connections if c.socket is None and not c.busy), self)
-            del self.edge.connections[oldest]  # now, not when its end is noticed
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH)
+        edge.connections[self] = None
+        if len(edge.connections) > CONNECTIONS:  # the oldest that asks nothing makes room
+            oldest = next((c for c in edge.connections if c.socket is None and not c.busy), self)
+            del edge.connections[oldest]  # now, not when its end is noticed
             oldest.transport.abort()
-        transport.set_write_buffer_limits(high=WRITE_HIGH)
-        tcp = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):
-            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._expect(HEAD_TIME_S)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.edge.connections.pop(self, None)
-        self._expect(0)
-        if self.socket:
-            self.socket.lost()
-
-    def pause_writing(self) -> None:
-        """The peer does not take what it is sent: it must not be able to ask for more."""
-        self.stuck = True
-        if self.socket:
-            self.socket.blocked = True
-        else:
-            self.transport.pause_reading()
-            self._expect(HEAD_TIME_S)
-
-    def resume_writing(self) -> None:
-        self.stuck = False
-        if self.socket:
-            self.socket.unblocked()
-        elif not (self.busy or self.refused):
-            self._go_on()
-
-    def _go_on(self) -> None:
-        """Wait for the next request, or take it from the buffer."""
-        self._expect(IDLE_TIME_S)
-        self.data_received(b"")
-        if not self.stuck and (not self.busy or len(self.buffer) <= HEAD_LIMIT):
-            self.transport.resume_reading()
-
-    def eof_received(self) -> bool:
-        if self.socket:
-            self.socket.received(b"")
-        return False
 
     def _expect(self, seconds: float) -> None:
-        """(Re)start the clock for what the peer must send next; 0 stops it."""
+        """(Re)start the clock for what the peer must do next; 0 stops it."""
         if self.timer:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(seconds, self.transport.abort) if seconds else None
 
-    def data_received(self, data: bytes) -> None:
-        if self.socket:
-            self.socket.received(data)
-            return
-        if self.refused:
-            self.discarded += len(data)
-            if self.discarded > REFUSED_BYTES:
-                self.transport.abort()
-            return
-        self.buffer += data
-        if self.until > time.monotonic():  # a body that keeps coming
-            self._expect(min(HEAD_TIME_S, self.until - time.monotonic()))
-        if self.busy:
-            if len(self.buffer) > HEAD_LIMIT:
-                self.transport.pause_reading()
-            return
+    async def serve(self) -> None:
+        """All that happens on a connection, from its first byte to its end."""
         try:
-            self._advance()
-        except OppiError as error:
-            self._refuse(error)
-
-    def _refuse(self, error: OppiError, status: int = 0) -> None:
-        """Answer an error and close: what follows on the connection cannot be trusted."""
-        self._expect(0)
-        self.transport.write(response_bytes(Reply(status or error.status, {"error": str(error)}, True), False))
-        if self.transport.can_write_eof():  # closing now would reset the connection and lose the answer
-            self.transport.write_eof()
-        self.refused = True
-        self.buffer.clear()
-        asyncio.get_running_loop().call_later(REFUSED_TIME_S, self.transport.abort)
-
-    def _advance(self) -> None:
-        """Go on with the request in the buffer as far as its bytes allow.  Raises OppiError."""
-        if self.request is None:
-            end = self.buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)
-            if end < 0:
-                if len(self.buffer) >= HEAD_LIMIT:
-                    self._refuse(BadRequest("Request header too large"), 431)
-                return
-            head = bytes(self.buffer[: end + 4])
-            self.request = parse_head(head[:-4], self.peer)
-            del self.buffer[: end + 4]
-            if self.request.headers.get("upgrade", "").lower() == "websocket":
-                self._upgrade(head)
-                return
-            self.need = self._body_size(self.request)
-        if len(self.buffer) >= self.need:
-            request, self.request = self.request, None
-            request.body = bytes(self.buffer[: self.need])
-            del self.buffer[: self.need]
-            self.busy, self.until = True, 0.0
+            await self._converse()
+        except (OSError, EOFError):
+            pass  # the peer is gone
+        finally:
+            if self.socket:
+                self.socket.lost()
+            self._expect(HEAD_TIME_S)  # what was written may still go out
+            self.writer.close()
+            with contextlib.suppress(OSError):
+                await self.writer.wait_closed()
             self._expect(0)
-            asyncio.ensure_future(self._answer(request))
+            self.edge.connections.pop(self, None)
 
-    def _body_size(self, request: Request) -> int:
-        """Bytes of the body; the token is checked first, so that a stranger can send only little."""
-        if "transfer-encoding" in request.headers:
-            raise BadRequest("Transfer-Encoding is not supported; send Content-Length")
-        length = request.headers.get("content-length", "0")
-        if not re.fullmatch(r"\d{1,12}", length):
-            raise BadRequest("Malformed Content-Length")
-        limit = BODY_LIMIT
+    async def _converse(self) -> None:
+        self._expect(HEAD_TIME_S)
         try:
+            while await self._exchange():
+                self._expect(IDLE_TIME_S)
+                await asyncio.sleep(0)  # whoever sends many requests in one piece must not hold up the others
+        except asyncio.LimitOverrunError:
+            await self._refuse(431, "Request header too large")
+        except OppiError as error:
+            await self._refuse(error.status, str(error))
+
+    async def _refuse(self, status: int, text: str) -> None:
+        """Answer an error and read no further: what follows on the connection cannot be trusted."""
+        self._expect(REFUSED_TIME_S)
+        self.writer.write(response_bytes(Reply(status, {"error": text}, True)))
+        if self.writer.can_write_eof():  # closing now would reset the connection and lose the answer
+            self.writer.write_eof()
+        rest, data = REFUSED_BYTES, b"more"
+        while data and rest > 0:
+            data = await self.reader.read(CHUNK)
+            rest -= len(data)
+
+    async def _exchange(self) -> bool:
+        """Read one request and answer it; whether another may follow.  Raises OppiError for a bad one."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        request = parse_head(head[:-4], self.peer)
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            await self._upgrade(request, head)
+            return False
+        request.body = await self._body(request)
+        self._expect(0)
+        self.busy = True
+        reply = await self.edge.api.respond(request)
+        closing = reply.close or request.headers.get("connection", "").lower() == "close" or self.edge.closing
+        data = await self._response(request, reply._replace(close=closing))
+        self.busy = False
+        if self.transport.is_closing():
+            return False
+        self.writer.write(data)
+        self._expect(HEAD_TIME_S)  # who does not take what it is sent must not be able to ask for more
+        await self.writer.drain()
+        return not closing
+
+    async def _body(self, request: Request) -> bytes:
+        """The body.  The token is checked first: a stranger may send only little, and in the time for a head."""
+        require("transfer-encoding" not in request.headers, "Transfer-Encoding is not supported; send Content-Length")
+        length = request.headers.get("content-length", "0")
+        require(re.fullmatch(r"\d{1,12}", length), "Malformed Content-Length")
+        limit, until = OPEN_BODY_LIMIT, 0.0
+        with contextlib.suppress(Unauthorized):
             self.edge.api.admit(request)
-            self.until = time.monotonic() + BODY_TIME_S
-        except Unauthorized:
-            limit = OPEN_BODY_LIMIT
-        if self.edge.api.open_route(request):
-            limit = OPEN_BODY_LIMIT
+            until = time.monotonic() + BODY_TIME_S
+            limit = OPEN_BODY_LIMIT if self.edge.api.open_route(request) else BODY_LIMIT
         if int(length) > limit:
             raise TooLarge("Request body too large")
         if request.headers.get("expect", "").lower() == "100-continue":
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return int(length)
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        while len(body) < int(length):
+            data = await self.reader.read(int(length) - len(body))
+            if not data:
+                raise EOFError
+            body += data
+            if until:  # it keeps coming
+                self._expect(min(HEAD_TIME_S, until - time.monotonic()))
+        return bytes(body)
 
-    async def _answer(self, request: Request) -> None:
-        reply = await self.edge.api.respond(request)
-        closing = reply.close or request.headers.get("connection", "").lower() == "close" or self.edge.closing
-        reply = reply._replace(close=closing)
+    async def _response(self, request: Request, reply: Reply) -> bytes:
+        """The bytes of an answer; a large one is made on a thread."""
         zip_it = "gzip" in request.headers.get("accept-encoding", "")
-        if isinstance(reply.body, bytes) and len(reply.body) > 65536:
+        if isinstance(reply.body, bytes) and len(reply.body) > CHUNK:
             data = await asyncio.get_running_loop().run_in_executor(None, response_bytes, reply, zip_it)
         else:
             data = response_bytes(reply, zip_it)
-        if self.transport.is_closing():
-            return
-        self.transport.write(data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data)
-        self.busy = False
-        if closing:
-            self.transport.close()
-            return
-        if not self.stuck:
-            self._go_on()
+        return data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data
 
-    def _upgrade(self, head: bytes) -> None:
-        """Turn into a WebSocket, if path, token and origin are right.  Raises OppiError otherwise."""
-        request, self.request = self.request, None
-        assert request is not None
+    async def _upgrade(self, request: Request, head: bytes) -> None:
+        """Be a WebSocket, if path, token and origin are right.  Raises OppiError otherwise."""
         try:
             principal = self.edge.api.admit(request)
             dialect, session_id = self.edge.api.socket_route(request)
         except Unauthorized as error:
             log_stranger(request)
-            data = response_bytes(Reply(401, {"error": str(error)}, True), False)
-            self.transport.write(data.replace(b"\r\n", b'\r\nWWW-Authenticate: Bearer realm="oppi"\r\n', 1))
-            self.transport.close()
+            data = response_bytes(Reply(401, {"error": str(error)}, True))
+            self.writer.write(data.replace(b"\r\n", b'\r\nWWW-Authenticate: Bearer realm="oppi"\r\n', 1))
             return
         self._expect(0)
         self.socket = Socket(self, dialect, principal, session_id)
-        self.socket.received(head)
-        if self.buffer:
-            self.socket.received(bytes(self.buffer))
-            self.buffer.clear()
+        data = head
+        while not self.transport.is_closing():
+            self.socket.received(data)
+            if not data:
+                return
+            data = await self.reader.read(CHUNK)
 
 
 class Socket:
@@ -5831,7 +5788,7 @@ class Socket:
         quiet = logging.getLogger("oppi.websockets")
         quiet.setLevel(logging.CRITICAL)
         self.connection, self.dialect, self.principal, self.session_id = connection, dialect, principal, session_id
-        self.api = connection.edge.api
+        self.api, self.transport = connection.edge.api, connection.transport
         self.protocol: Any = ServerProtocol(max_size=FRAME_LIMIT, logger=quiet)
         self.outbox = Outbox()
         self.subscriptions: dict[str, str] = {}  # session id -> full or notifications
@@ -5860,41 +5817,49 @@ class Socket:
         if wire is None or not self.open:
             return
         if not self.blocked and not self.outbox.waiting:
-            data = shared.get(self.dialect) if shared is not None else None
-            if data is None:
-                data = encode(wire)
-                if shared is not None:
-                    shared[self.dialect] = data
-            self._send(data)
+            shared = {} if shared is None else shared
+            if self.dialect not in shared:
+                shared[self.dialect] = encode(wire)
+            self._send(shared[self.dialect])
         elif not self.outbox.push(wire, len(wire.get("delta") or ()) or len(encode(wire))):
             log("socket", "a phone is too slow; closing its socket so that it catches up")
             self.outbox.waiting.clear()
-            self.connection.transport.abort()
-
-    def unblocked(self) -> None:
-        self.blocked = False
-        waiting = self.outbox.waiting
-        while waiting and not self.blocked and self.open:
-            self._send(encode(waiting.popleft()))
-        if not waiting:
-            self.outbox.size = 0
+            self.transport.abort()
 
     def _send(self, data: bytes) -> None:
         self.protocol.send_text(data)
         self._write()
 
     def _write(self) -> None:
-        for data in self.protocol.data_to_send():
-            if data:
-                self.connection.transport.write(data)
-        if self.connection.transport.get_write_buffer_size() > OUTBOX_LIMIT:
-            self.connection.transport.abort()
+        for data in filter(None, self.protocol.data_to_send()):
+            self.transport.write(data)
+        unsent = self.transport.get_write_buffer_size()
+        if unsent > OUTBOX_LIMIT:
+            self.transport.abort()
+        elif unsent > WRITE_HIGH and not self.blocked:
+            self.blocked = True
+            self.spawn(self._unblock())
         if self.protocol.close_expected():
-            self._expect_close()
+            self.accepted = False
+            asyncio.get_running_loop().call_later(1, self.transport.close)
 
-    def _expect_close(self) -> None:
-        self.accepted = False
-        asyncio.get_running_loop().call_later(1, self.connection.transport.close)
+    async def _unblock(self) -> None:
+        """Wait until the kernel takes more, then send what had to wait."""
+        waiting = self.outbox.waiting
+        with contextlib.suppress(OSError):  # the phone is gone
+            while self.blocked:
+                await self.connection.writer.drain()
+                self.blocked = False
+                while waiting and not self.blocked and self.open:
+                    self._send(encode(waiting.popleft()))
+        if not waiting:
+            self.outbox.size = 0
+
+    def spawn(self, work: Any) -> None:
+        """Do something beside; it ends when the token is revoked."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def received(self, data: bytes) -> None:
         """Bytes of the peer; b"" at its end."""
@@ -5907,23 +5872,22 @@ class Socket:
                 self._on_frame(event)
             else:
                 self._on_handshake(event)
-        if self.connection.transport.is_closing():
+        if self.transport.is_closing():
             return
         if self.protocol.handshake_exc is not None:
-            self.connection.transport.close()
+            self.transport.close()
         else:
             self._write()
 
     def _on_handshake(self, request: Any) -> None:
         response = self.protocol.accept(request)
         self.protocol.send_response(response)
+        self._write()
         if response.status_code == 101:
-            self._write()
             self.accepted = True
             self.api.connected(self)
         else:
-            self._write()
-            self.connection.transport.close()
+            self.transport.close()
 
     def _on_frame(self, frame: Any) -> None:
         if frame.opcode == 10:  # pong
@@ -5932,23 +5896,17 @@ class Socket:
             self.close(1003, "Binary frames not supported")
         elif frame.opcode in (0, 1) and self.open:
             self._partial.append(frame.data)
-            if frame.fin:
+            if frame.fin and len(self.tasks) >= TASKS_PER_SOCKET:
+                self.close(1008, "Too many messages at once")
+            elif frame.fin:
                 data, self._partial = b"".join(self._partial), []
-                self._on_text(data)
-
-    def _on_text(self, data: bytes) -> None:
-        if len(self.tasks) >= TASKS_PER_SOCKET:
-            self.close(1008, "Too many messages at once")
-            return
-        task = asyncio.ensure_future(self.api.message(self, data))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+                self.spawn(self.api.message(self, data))
 
     def ping(self) -> None:
         """Called every PING_S: ask for a sign of life, give up after PINGS_MISSED without one."""
         self.missed += 1
         if self.missed > PINGS_MISSED:
-            self.connection.transport.abort()
+            self.transport.abort()
         elif self.open:
             self.protocol.send_ping(b"oppi")
             self._write()
@@ -5958,7 +5916,7 @@ class Socket:
             self.accepted = False
             self.protocol.send_close(code, reason)
             self._write()
-            asyncio.get_running_loop().call_later(2, self.connection.transport.abort)
+            asyncio.get_running_loop().call_later(2, self.transport.abort)
 
     def lost(self) -> None:
         self.accepted = False
@@ -5979,14 +5937,16 @@ class Edge:
 
     async def listen(self, host: str, port: int) -> int:
         """Listen; the port.  Raises UsageError when that is impossible."""
+
+        def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+            return Connection(self, reader, writer).serve()
+
         try:
-            loop = asyncio.get_running_loop()
-            self.server = await loop.create_server(lambda: cast("asyncio.Protocol", Connection(self)), host, port, backlog=256)
+            self.server = await asyncio.start_server(begin, host, port, limit=HEAD_LIMIT - 4, backlog=256)
         except (OSError, OverflowError) as error:
             text = getattr(error, "strerror", None) or str(error)
             raise UsageError(f"Cannot listen on {host} port {port}: {text}") from None
-        found: int = self.server.sockets[0].getsockname()[1]
-        return found
+        return int(self.server.sockets[0].getsockname()[1])
 
     def sockets(self) -> list[Socket]:
         return [c.socket for c in self.connections if c.socket]
