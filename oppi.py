@@ -5618,10 +5618,9 @@ class Reply(NamedTuple):
 
     status: int
     body: Any = None  # JSON value, or bytes of JSON made elsewhere
-    close: bool = False
 
 
-def response_bytes(reply: Reply, zip_it: bool = False) -> bytes:
+def response_bytes(reply: Reply, close: bool, zip_it: bool = False) -> bytes:
     """A whole HTTP response.  May be slow for a large body; see Connection._response."""
     body = reply.body if isinstance(reply.body, bytes) else b"" if reply.status == 204 else encode(reply.body)
     lines = [f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Unknown')}"]
@@ -5634,7 +5633,7 @@ def response_bytes(reply: Reply, zip_it: bool = False) -> bytes:
             body = packer.compress(body) + packer.flush()
             lines.append("Content-Encoding: gzip")
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff"]
-    lines.append("Connection: " + ("close" if reply.close else "keep-alive"))
+    lines.append("Connection: " + ("close" if close else "keep-alive"))
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
@@ -5650,7 +5649,7 @@ class Connection:
         self.edge, self.reader, self.writer, self.transport = edge, reader, writer, writer.transport
         self.peer = str((writer.get_extra_info("peername") or ("",))[0])
         self.busy = False  # a request is being answered
-        self.socket: Socket | None = None
+        self.socket: Client | None = None
         self.timer: Any = None
         self.transport.set_write_buffer_limits(high=WRITE_HIGH)
         edge.connections[self] = None
@@ -5691,7 +5690,7 @@ class Connection:
     async def _refuse(self, status: int, text: str) -> None:
         """Answer an error and read no further: what follows on the connection cannot be trusted."""
         self._expect(REFUSED_TIME_S)
-        self.writer.write(response_bytes(Reply(status, {"error": text}, True)))
+        self.writer.write(response_bytes(Reply(status, {"error": text}), True))
         if self.writer.can_write_eof():  # closing now would reset the connection and lose the answer
             self.writer.write_eof()
         rest, data = REFUSED_BYTES, b"more"
@@ -5711,8 +5710,8 @@ class Connection:
         self._expect(0)
         self.busy = True
         reply = await self.edge.api.respond(request)
-        closing = reply.close or request.headers.get("connection", "").lower() == "close" or self.edge.closing
-        data = await self._response(request, reply._replace(close=closing))
+        closing = request.headers.get("connection", "").lower() == "close" or self.edge.closing
+        data = await self._response(request, reply, closing)
         self.busy = False
         if self.transport.is_closing():
             return False
@@ -5745,13 +5744,11 @@ class Connection:
                 self._expect(min(HEAD_TIME_S, until - time.monotonic()))
         return bytes(body)
 
-    async def _response(self, request: Request, reply: Reply) -> bytes:
+    async def _response(self, request: Request, reply: Reply, close: bool) -> bytes:
         """The bytes of an answer; a large one is made on a thread."""
-        zip_it = "gzip" in request.headers.get("accept-encoding", "")
-        if isinstance(reply.body, bytes) and len(reply.body) > CHUNK:
-            data = await asyncio.get_running_loop().run_in_executor(None, response_bytes, reply, zip_it)
-        else:
-            data = response_bytes(reply, zip_it)
+        make = functools.partial(response_bytes, reply, close, "gzip" in request.headers.get("accept-encoding", ""))
+        large = isinstance(reply.body, bytes) and len(reply.body) > CHUNK
+        data = await asyncio.get_running_loop().run_in_executor(None, make) if large else make()
         return data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data
 
     async def _upgrade(self, request: Request, head: bytes) -> None:
@@ -5761,11 +5758,11 @@ class Connection:
             dialect, session_id = self.edge.api.socket_route(request)
         except Unauthorized as error:
             log_stranger(request)
-            data = response_bytes(Reply(401, {"error": str(error)}, True))
+            data = response_bytes(Reply(401, {"error": str(error)}), True)
             self.writer.write(data.replace(b"\r\n", b'\r\nWWW-Authenticate: Bearer realm="oppi"\r\n', 1))
             return
         self._expect(0)
-        self.socket = Socket(self, dialect, principal, session_id)
+        self.socket = Client(self, dialect, principal, session_id)
         data = head
         while not self.transport.is_closing():
             self.socket.received(data)
@@ -5774,7 +5771,7 @@ class Connection:
             data = await self.reader.read(CHUNK)
 
 
-class Socket:
+class Client:
     """One phone on a WebSocket.  `dialect` says how it is spoken to, `principal` whose token it used."""
 
     def __init__(self, connection: Connection, dialect: str, principal: str, session_id: str) -> None:
@@ -5920,9 +5917,6 @@ class Socket:
         self.api.server.hub.clients.discard(self)
 
 
-Client = Socket
-
-
 class Edge:
     """The listening port and its connections."""
 
@@ -5943,7 +5937,7 @@ class Edge:
             raise UsageError(f"Cannot listen on {host} port {port}: {text}") from None
         return int(self.server.sockets[0].getsockname()[1])
 
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Client]:
         return [c.socket for c in self.connections if c.socket]
 
     async def close(self) -> None:
@@ -6512,7 +6506,7 @@ class Api:
             return "1.0", parts[3]
         raise NotFound("Not found")
 
-    def connected(self, client: Socket) -> None:
+    def connected(self, client: Client) -> None:
         """Bootstrap of a fresh socket."""
         self.server.hub.clients.add(client)
         if client.dialect == "1.1":
@@ -6525,7 +6519,7 @@ class Api:
     def _connected(self, record: Json) -> Json:
         return {**_session_frame("connected", record), "currentSeq": self.server.sessions.seq(record["id"])}
 
-    async def _begin(self, client: Socket) -> None:
+    async def _begin(self, client: Client) -> None:
         """Start the session of a per-session socket.  After a failure the socket stays open, so that
         the app does not reconnect and start again every second."""
         try:
@@ -6539,13 +6533,13 @@ class Api:
             client.deliver({"type": "error", "error": str(error), "fatal": True, "sessionId": client.session_id, **code})
         client.ready.set()
 
-    def _subscribe(self, client: Socket, live: LiveSession) -> None:
+    def _subscribe(self, client: Client, live: LiveSession) -> None:
         live.flush()
         client.subscriptions[live.id] = "full"
         for dialog in live.dialogs.values():
             client.deliver(dialog)
 
-    async def message(self, client: Socket, data: bytes) -> None:
+    async def message(self, client: Client, data: bytes) -> None:
         """Handle one message of a phone.  Whatever is wrong with it gets an answer."""
         body: Json = {}
         try:
@@ -6559,7 +6553,7 @@ class Api:
             log("socket", f"{body.get('type')}: {type(error).__name__}: {error}")
             self._failed(client, body, "Internal error")
 
-    async def _until_ready(self, client: Socket, body: Json) -> None:
+    async def _until_ready(self, client: Client, body: Json) -> None:
         """Hold a message while pi starts.  The app gives up on a turn after 4 s, though it is safely held."""
         turn_id = body.get("clientTurnId")
         if body["type"] in TURN_COMMANDS and isinstance(turn_id, str):
@@ -6581,7 +6575,7 @@ class Api:
             del body["requestId"]
         return cast(Json, body)
 
-    def _failed(self, client: Socket, body: Json, text: str, code: str = "") -> None:
+    def _failed(self, client: Client, body: Json, text: str, code: str = "") -> None:
         """Tell a phone that its message failed: a failed result if it asked for one, else an error.
         A failed subscribe gets a result even without a requestId."""
         session_id = body.get("sessionId") if client.dialect == "1.1" else client.session_id
@@ -6592,7 +6586,7 @@ class Api:
         if not answered or code == "stream_not_subscribed_full":
             client.deliver({"type": "error", "error": text, **({"code": code} if code else {}), **tag})
 
-    async def _dispatch(self, client: Socket, body: Json) -> None:
+    async def _dispatch(self, client: Client, body: Json) -> None:
         kind = body["type"]
         if kind in ("subscribe", "unsubscribe"):
             other = f"Stream subscriptions are only supported on /stream (received {kind})"
@@ -6605,7 +6599,7 @@ class Api:
                 await client.subscribing[body["sessionId"]].wait()
             await self._session_command(client, self._addressed(client, body), body)
 
-    def _addressed(self, client: Socket, body: Json) -> str:
+    def _addressed(self, client: Client, body: Json) -> str:
         """The session a message is for.  Raises the routing errors of the stream."""
         if client.dialect == "1.0":
             return client.session_id
@@ -6616,7 +6610,7 @@ class Api:
             raise Conflict(f"Session {session_id} is not subscribed at level=full", "stream_not_subscribed_full")
         return str(session_id)
 
-    async def _on_subscribe(self, client: Socket, body: Json) -> None:
+    async def _on_subscribe(self, client: Client, body: Json) -> None:
         session_id, level, since = body.get("sessionId"), body.get("level") or "full", body.get("sinceSeq")
         require(_is_text(session_id), "sessionId is required for subscribe on /stream")
         now = time.monotonic()
@@ -6636,7 +6630,7 @@ class Api:
             client.subscribing.pop(record["id"], None)
             done.set()
 
-    def _bootstrap(self, client: Socket, record: Json, live: LiveSession | None, level: str, since: Any, body: Json) -> None:
+    def _bootstrap(self, client: Client, record: Json, live: LiveSession | None, level: str, since: Any, body: Json) -> None:
         """The frames of a subscription, with nothing in between."""
         key = record["id"]
         if live:
@@ -6655,12 +6649,12 @@ class Api:
         data = {"sessionId": key, "level": level, "currentSeq": current, "catchUpComplete": complete}
         client.deliver({**_result_of(body, data), "sessionId": key})
 
-    async def _on_unsubscribe(self, client: Socket, body: Json) -> None:
+    async def _on_unsubscribe(self, client: Client, body: Json) -> None:
         tag = {"sessionId": str(body.get("sessionId") or "")}
         client.subscriptions.pop(tag["sessionId"], None)
         client.deliver({**_result_of(body, tag), **tag})
 
-    def _on_permission(self, client: Socket, body: Json) -> None:
+    def _on_permission(self, client: Client, body: Json) -> None:
         key = body.get("id")
         if not isinstance(key, str):
             raise NotFound(f"Permission request not found: {key}")
@@ -6668,7 +6662,7 @@ class Api:
         if client.dialect == "1.1" and body.get("requestId"):
             client.deliver(_result_of(body, {"id": key}))
 
-    async def _session_command(self, client: Socket, session_id: str, body: Json) -> None:
+    async def _session_command(self, client: Client, session_id: str, body: Json) -> None:
         kind = body["type"]
         live = self.server.sessions.active.get(session_id)
 
