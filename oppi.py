@@ -5930,7 +5930,7 @@ class Edge:
         """Listen; the port.  Raises UsageError when that is impossible."""
         try:
             self.server = await asyncio.start_server(
-                lambda reader, writer: Connection(self, reader, writer).serve(), host, port, limit=HEAD_LIMIT - 4, backlog=256
+                lambda *streams: Connection(self, *streams).serve(), host, port, limit=HEAD_LIMIT - 4, backlog=256
             )
         except (OSError, OverflowError) as error:
             text = getattr(error, "strerror", None) or str(error)
@@ -5960,13 +5960,13 @@ class Edge:
 # endpoint (or the kind of the device's token) tells the generation.
 
 WORKSPACE_TYPES = {
-    "string": "name description icon runtime policyPreset systemPrompt systemPromptMode hostMount memoryNamespace defaultModel "
-    "lastUsedModel",
+    "string": "name description icon runtime policyPreset systemPrompt systemPromptMode hostMount memoryNamespace "
+    "defaultModel lastUsedModel",
     "bool": "memoryEnabled gitStatusEnabled",
     "texts": "skills extensions allowedExecutables",
     "object": "sandboxConfig",
 }
-KIND_TEXTS = {"string": "must be a string", "bool": "must be boolean", "texts": "must be an array", "object": "must be an object"}
+KIND_TEXTS = {"string": "a string", "bool": "boolean", "texts": "an array", "object": "an object"}
 CLEARABLE = ("description", "icon", "systemPrompt", "hostMount", "defaultModel", "sandboxConfig")
 EXTENSION_NAME = r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}"
 WORKSPACE_CHOICES = (
@@ -5979,7 +5979,9 @@ PATH_CHECKS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda entry: _is_text(entry.get("path")), "entries require a non-empty path"),
     (lambda entry: entry.get("access") in ("read", "readwrite"), "access must be read or readwrite"),
 )
-SEEDS = (("general", "terminal", "A place for everyday work"), ("research", "magnifyingglass", "Reading and finding out"))
+SEEDS = (
+    ("general", "terminal", "A place for everyday work"), ("research", "magnifyingglass", "Reading and finding out"),
+)
 MODEL_FIELDS = ("id", "name", "provider", "reasoning", "input", "contextWindow", "maxTokens")
 SECURITY_FLAGS = ("requireTlsOutsideTailnet", "allowInsecureHttpInTailnet", "requirePinnedServerIdentity")
 RULE_SCOPE_TEXT = 'scope must be one of: "session", "workspace", "global"'
@@ -5998,7 +6000,7 @@ def check_workspace(body: Json, creating: bool) -> Json:
     for kind, names in WORKSPACE_TYPES.items():
         for name in names.split():
             good = body.get(name) is None or not CHECKS[kind](Key(name, kind), body[name])
-            require(good, f"{name} {KIND_TEXTS[kind]}")
+            require(good, f"{name} must be {KIND_TEXTS[kind]}")
     values = typed(body, WORKSPACE_TYPES)
     known = {skill["name"] for skill in known_skills()} if skills else set()
     unknown = [name for name in values.get("skills", []) if name not in known]
@@ -6009,7 +6011,8 @@ def check_workspace(body: Json, creating: bool) -> Json:
     require(not invalid, f"Invalid extension names: {', '.join(invalid)}")
     for name, choices, text in WORKSPACE_CHOICES:
         require(values.get(name, choices[0]) in choices, text)
-    require(re.fullmatch(EXTENSION_NAME, values.get("memoryNamespace", "a")), f"memoryNamespace must match {EXTENSION_NAME}")
+    namespace = values.get("memoryNamespace", "a")
+    require(re.fullmatch(EXTENSION_NAME, namespace), f"memoryNamespace must match {EXTENSION_NAME}")
     paths = body.get("allowedPaths")
     if paths is not None:
         require(isinstance(paths, list), "allowedPaths must be an array")
@@ -6104,7 +6107,8 @@ class Api:
         self.server = server
         self.limit = PairingLimit()
         self.routes = [
-            (path.split("/")[1:], {method: getattr(self, name) for method, name in row.items()}) for path, row in ROUTES.items()
+            (path.split("/")[1:], {method: getattr(self, name) for method, name in row.items()})
+            for path, row in ROUTES.items()
         ]
 
     # who may
@@ -6119,7 +6123,8 @@ class Api:
 
     def open_route(self, request: Request) -> bool:
         """Whether a request needs no token."""
-        return request.path == "/health" or request.method == "OPTIONS" or (request.method, request.path) == ("POST", "/pair")
+        pairing = request.method == "POST" and request.path == "/pair"
+        return pairing or request.path == "/health" or request.method == "OPTIONS"
 
     async def respond(self, request: Request) -> Reply:
         """The answer to a request; never raises."""
@@ -6173,7 +6178,7 @@ class Api:
         return {"user": "owner", "name": short_host()}
 
     async def server_info(self, request: Request) -> Json:
-        server, settings, uname = self.server, self.server.settings, os.uname()
+        server, config, uname = self.server, self.server.settings, os.uname()
         sessions = server.store.sessions.values()
         return {
             "name": short_host(),
@@ -6184,8 +6189,8 @@ class Api:
             "hostname": socket.gethostname(),
             "nodeVersion": f"python {sys.version.split()[0]}",
             "piVersion": ".".join(map(str, server.pi.version)) or "unknown",
-            "configVersion": settings["configVersion"],
-            "identity": {"fingerprint": server.fingerprint, "keyId": settings["identity.keyId"], "algorithm": "ed25519"},
+            "configVersion": config["configVersion"],
+            "identity": {"fingerprint": server.fingerprint, "keyId": config["identity.keyId"], "algorithm": "ed25519"},
             "stats": {
                 "workspaceCount": len(server.store.workspaces),
                 "activeSessionCount": sum(s.get("status") not in ("stopped", "error") for s in sessions),
@@ -6252,8 +6257,8 @@ class Api:
     async def workspaces(self, request: Request) -> Json:
         known = self.server.store.workspaces
         for name, icon, description in () if known else SEEDS:
-            seed = {"name": name, "icon": icon, "description": description, "skills": [], "policyPreset": "host_standard"}
-            self._add_workspace(seed)
+            seed = {"name": name, "icon": icon, "description": description, "policyPreset": "host_standard"}
+            self._add_workspace({**seed, "skills": []})
         records = sorted(known.values(), key=lambda r: whole(r.get("createdAt")))
         return {"workspaces": self._shown(request, *records)}
 
@@ -6359,7 +6364,8 @@ class Api:
         live: LiveSession = existing(self.server.sessions.active.get(session_id), "Session not active")
         live.flush()
         events, complete = live.log.since(int(since))
-        return {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete, "session": session_wire(record)}
+        found = {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete}
+        return {**found, "session": session_wire(record)}
 
     async def stop_session(self, request: Request, key: str, session_id: str) -> Json:
         self.session(key, session_id)
@@ -6380,7 +6386,7 @@ class Api:
     # permissions
 
     def _wanted(self, request: Request) -> Callable[[Json], bool]:
-        """Whether an entry is of the session and workspace that a query names.  Raises NotFound if there are none such."""
+        """Whether an entry is of the session and workspace a query names.  Raises NotFound for unknown ones."""
         wanted = {name: request.query[name] for name in ("sessionId", "workspaceId") if name in request.query}
         if "sessionId" in wanted:
             existing(self.server.store.sessions.get(wanted["sessionId"]), "Session not found")
@@ -6473,13 +6479,10 @@ class Api:
         good = re.fullmatch(r"\d{1,3}", limit) and 1 <= int(limit) <= 500
         require(good, "limit must be an integer between 1 and 500")
         require(re.fullmatch(r"\d{1,18}", before) and int(before), "before must be a positive integer timestamp")
-        own = self._wanted(request)
-
-        def wanted(entry: Json) -> bool:
-            return own(entry) and whole(entry.get("timestamp")) < int(before)
-
-        work = functools.partial(self.server.store.audit.entries, int(limit), wanted)
-        entries: list[Json] = await asyncio.get_running_loop().run_in_executor(None, work)
+        own, end, read = self._wanted(request), int(before), self.server.store.audit.entries
+        entries: list[Json] = await asyncio.get_running_loop().run_in_executor(
+            None, read, int(limit), lambda entry: own(entry) and whole(entry.get("timestamp")) < end
+        )
         return {"entries": [{"risk": "low", "layer": "", "displaySummary": "", **entry} for entry in entries]}
 
     async def fallback(self, request: Request) -> Json:
@@ -6529,8 +6532,8 @@ class Api:
                 client.deliver(pending.wire)
             self._subscribe(client, live)
         except Exception as error:
-            code = _code_of(error)
-            client.deliver({"type": "error", "error": str(error), "fatal": True, "sessionId": client.session_id, **code})
+            failure = {"type": "error", "error": str(error), "fatal": True, **_code_of(error)}
+            client.deliver({**failure, "sessionId": client.session_id})
         client.ready.set()
 
     def _subscribe(self, client: Client, live: LiveSession) -> None:
@@ -6589,8 +6592,7 @@ class Api:
     async def _dispatch(self, client: Client, body: Json) -> None:
         kind = body["type"]
         if kind in ("subscribe", "unsubscribe"):
-            other = f"Stream subscriptions are only supported on /stream (received {kind})"
-            require(client.dialect == "1.1", other)
+            require(client.dialect == "1.1", f"Stream subscriptions are only supported on /stream (received {kind})")
             await (self._on_subscribe if kind == "subscribe" else self._on_unsubscribe)(client, body)
         elif kind == "permission_response":
             self._on_permission(client, body)
@@ -6625,14 +6627,14 @@ class Api:
             live = self.server.sessions.active.get(record["id"])
             if level == "full":
                 live = await self.server.sessions.start(record["id"])
-            self._bootstrap(client, record, live, level, since, body)
+            self._bootstrap(client, record, live, body)
         finally:
             client.subscribing.pop(record["id"], None)
             done.set()
 
-    def _bootstrap(self, client: Client, record: Json, live: LiveSession | None, level: str, since: Any, body: Json) -> None:
+    def _bootstrap(self, client: Client, record: Json, live: LiveSession | None, body: Json) -> None:
         """The frames of a subscription, with nothing in between."""
-        key = record["id"]
+        key, level, since = record["id"], body.get("level") or "full", body.get("sinceSeq")
         if live:
             live.flush()
         current = self.server.sessions.seq(key)
