@@ -5671,8 +5671,8 @@ class Connection:
             while await self._exchange():
                 self._expect(IDLE_TIME_S)
                 await asyncio.sleep(0)  # whoever sends many requests in one piece must not hold up the others
-        except (OSError, EOFError):
-            pass  # the peer is gone
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass  # the peer is gone, or the loop ends
         except asyncio.LimitOverrunError:
             await self._refuse(431, "Request header too large")
         except OppiError as error:
@@ -5682,7 +5682,7 @@ class Connection:
                 self.socket.lost()
             self._expect(HEAD_TIME_S)  # what was written may still go out
             self.writer.close()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, asyncio.CancelledError):
                 await self.writer.wait_closed()
             self._expect(0)
             self.edge.connections.pop(self, None)
