@@ -5694,7 +5694,7 @@ class Connection:
         if self.writer.can_write_eof():  # closing now would reset the connection and lose the answer
             self.writer.write_eof()
         rest, data = REFUSED_BYTES, b"more"
-        with contextlib.suppress(OSError):  # the peer is gone
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             while data and rest > 0:
                 data = await self.reader.read(CHUNK)
                 rest -= len(data)
