@@ -6056,6 +6056,7 @@ REFUSED_BYTES = 32 * 1024 * 1024  # discarded after an error before the connecti
 BODY_LIMIT = 24 * 1024 * 1024  # bytes; a session may be created with images
 OPEN_BODY_LIMIT = 4 * 1024  # the same without a token
 FRAME_LIMIT = 16 * 1024 * 1024
+CHUNK = 64 * 1024  # bytes read, or turned into a response on the loop, at a time
 CONNECTIONS = 512
 FILES = 4096  # open files the server asks the system for
 HEAD_TIME_S, BODY_TIME_S, IDLE_TIME_S, REFUSED_TIME_S = 20.0, 300.0, 75.0, 2.0
@@ -6071,6 +6072,20 @@ CORS = (
 REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}
+ONCE = ("host", "content-length", "authorization", "transfer-encoding", "origin")  # headers nobody may repeat
+
+
+def require(good: Any, text: str) -> None:
+    """Raises BadRequest unless `good`."""
+    if not good:
+        raise BadRequest(text)
+
+
+def existing(value: Any, text: str) -> Any:
+    """`value`.  Raises NotFound if it is None."""
+    if value is None:
+        raise NotFound(text)
+    return value
 
 
 class Request:
@@ -6079,12 +6094,10 @@ class Request:
     def __init__(self, method: str, target: str, headers: dict[str, str], peer: str) -> None:
         import urllib.parse
 
-        self.method, self.headers, self.peer = method, headers, peer
-        path, _, self.raw_query = target.partition("?")
-        self.path = path
-        self.parts = [urllib.parse.unquote(part, errors="strict") for part in path.split("/")[1:]]
-        self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
-        self.body = b""
+        self.method, self.headers, self.peer, self.body = method, headers, peer, b""
+        self.path, _, query = target.partition("?")
+        self.parts = [urllib.parse.unquote(part, errors="strict") for part in self.path.split("/")[1:]]
+        self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
 
     def json(self) -> Json:
         """The body as an object; {} when empty.  Raises BadRequest."""
@@ -6092,28 +6105,26 @@ class Request:
             value = parse_json(self.body) if self.body.strip() else {}
         except ValueError:
             raise BadRequest("Invalid JSON") from None
-        if not isinstance(value, dict):
-            raise BadRequest("Request body must be a JSON object")
-        return value
+        require(isinstance(value, dict), "Request body must be a JSON object")
+        return cast(Json, value)
 
 
 def parse_head(head: bytes, peer: str) -> Request:
     """Request line and headers.  Raises BadRequest for anything that is not plain HTTP/1.1."""
-    lines = head.decode("latin-1").split("\r\n")
-    match = re.fullmatch(r"([A-Z]{1,16}) (\*|/(?!/)[!-~]*) HTTP/1\.[01]", lines[0])
+    first, *lines = head.decode("latin-1").split("\r\n")
+    match = re.fullmatch(r"([A-Z]{1,16}) (\*|/(?!/)[!-~]*) HTTP/1\.[01]", first)
     if not match:
         raise BadRequest("Malformed request line")
     headers: dict[str, str] = {}
-    for line in lines[1:]:
+    for line in lines:
         field = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
         if not field:
             raise BadRequest("Malformed header")
         name = field.group(1).lower()
-        if name in headers and name in ("host", "content-length", "authorization", "transfer-encoding", "origin"):
-            raise BadRequest(f"Repeated header: {name}")
+        require(name not in headers or name not in ONCE, f"Repeated header: {name}")
         headers[name] = field.group(2).strip(" \t")
-    if not re.fullmatch(r"[A-Za-z0-9._~-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?", headers.get("host", "")):
-        raise BadRequest("Malformed Host")
+    host = r"[A-Za-z0-9._~-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?"
+    require(re.fullmatch(host, headers.get("host", "")), "Malformed Host")
     try:
         return Request(match.group(1), match.group(2), headers, peer)
     except UnicodeDecodeError:
@@ -6125,11 +6136,10 @@ class Reply(NamedTuple):
 
     status: int
     body: Any = None  # JSON value, or bytes of JSON made elsewhere
-    close: bool = False
 
 
-def response_bytes(reply: Reply, zip_it: bool) -> bytes:
-    """A whole HTTP response.  May be slow for a large body; see Connection._answer."""
+def response_bytes(reply: Reply, close: bool, zip_it: bool = False) -> bytes:
+    """A whole HTTP response.  May be slow for a large body; see Connection._response."""
     body = reply.body if isinstance(reply.body, bytes) else b"" if reply.status == 204 else encode(reply.body)
     lines = [f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Unknown')}"]
     lines += [f"{name}: {value}" for name, value in CORS]
@@ -6141,7 +6151,7 @@ def response_bytes(reply: Reply, zip_it: bool) -> bytes:
             body = packer.compress(body) + packer.flush()
             lines.append("Content-Encoding: gzip")
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff"]
-    lines.append("Connection: " + ("close" if reply.close else "keep-alive"))
+    lines.append("Connection: " + ("close" if close else "keep-alive"))
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
@@ -6151,194 +6161,135 @@ def log_stranger(request: Request) -> None:
 
 
 class Connection:
-    """One TCP connection; an asyncio protocol.  Requests are served one after the other."""
+    """One TCP connection.  Requests are answered one after the other, until one makes it a WebSocket."""
 
-    def __init__(self, edge: Edge) -> None:
-        self.edge = edge
-        self.transport: Any = None
-        self.buffer = bytearray()
-        self.request: Request | None = None  # its head is read, its body is not
-        self.need = 0  # bytes of the body
+    def __init__(self, edge: Edge, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.edge, self.reader, self.writer, self.transport = edge, reader, writer, writer.transport
+        self.peer = str((writer.get_extra_info("peername") or ("",))[0])
         self.busy = False  # a request is being answered
-        self.refused = False  # an error was answered; what still comes is discarded
-        self.stuck = False  # the peer does not read
-        self.discarded = 0
-        self.until = 0.0  # when the body of an admitted request must be complete
-        self.socket: Socket | None = None
+        self.socket: Client | None = None
         self.timer: Any = None
-        self.peer = ""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        peer = transport.get_extra_info("peername") or ("",)
-        self.peer = str(peer[0])
-        self.edge.connections[self] = None
-        if len(self.edge.connections) > CONNECTIONS:  # the oldest that asks nothing makes room
-            oldest = next((c for c in self.edge.connections if c.socket is None and not c.busy), self)
-            del self.edge.connections[oldest]  # now, not when its end is noticed
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH)
+        edge.connections[self] = None
+        if len(edge.connections) > CONNECTIONS:  # the oldest that asks nothing makes room
+            oldest = next((c for c in edge.connections if c.socket is None and not c.busy), self)
+            del edge.connections[oldest]  # now, not when its end is noticed
             oldest.transport.abort()
-        transport.set_write_buffer_limits(high=WRITE_HIGH)
-        tcp = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):
-            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._expect(HEAD_TIME_S)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.edge.connections.pop(self, None)
-        self._expect(0)
-        if self.socket:
-            self.socket.lost()
-
-    def pause_writing(self) -> None:
-        """The peer does not take what it is sent: it must not be able to ask for more."""
-        self.stuck = True
-        if self.socket:
-            self.socket.blocked = True
-        else:
-            self.transport.pause_reading()
-            self._expect(HEAD_TIME_S)
-
-    def resume_writing(self) -> None:
-        self.stuck = False
-        if self.socket:
-            self.socket.unblocked()
-        elif not (self.busy or self.refused):
-            self._go_on()
-
-    def _go_on(self) -> None:
-        """Wait for the next request, or take it from the buffer."""
-        self._expect(IDLE_TIME_S)
-        self.data_received(b"")
-        if not self.stuck and (not self.busy or len(self.buffer) <= HEAD_LIMIT):
-            self.transport.resume_reading()
-
-    def eof_received(self) -> bool:
-        if self.socket:
-            self.socket.received(b"")
-        return False
 
     def _expect(self, seconds: float) -> None:
-        """(Re)start the clock for what the peer must send next; 0 stops it."""
+        """(Re)start the clock for what the peer must do next; 0 stops it."""
         if self.timer:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(seconds, self.transport.abort) if seconds else None
 
-    def data_received(self, data: bytes) -> None:
-        if self.socket:
-            self.socket.received(data)
-            return
-        if self.refused:
-            self.discarded += len(data)
-            if self.discarded > REFUSED_BYTES:
-                self.transport.abort()
-            return
-        self.buffer += data
-        if self.until > time.monotonic():  # a body that keeps coming
-            self._expect(min(HEAD_TIME_S, self.until - time.monotonic()))
-        if self.busy:
-            if len(self.buffer) > HEAD_LIMIT:
-                self.transport.pause_reading()
-            return
+    async def serve(self) -> None:
+        """All that happens on a connection, from its first byte to its end."""
+        self._expect(HEAD_TIME_S)
         try:
-            self._advance()
+            while await self._exchange():
+                self._expect(IDLE_TIME_S)
+                await asyncio.sleep(0)  # whoever sends many requests in one piece must not hold up the others
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass  # the peer is gone, or the loop ends
+        except asyncio.LimitOverrunError:
+            await self._refuse(431, "Request header too large")
         except OppiError as error:
-            self._refuse(error)
-
-    def _refuse(self, error: OppiError, status: int = 0) -> None:
-        """Answer an error and close: what follows on the connection cannot be trusted."""
-        self._expect(0)
-        self.transport.write(response_bytes(Reply(status or error.status, {"error": str(error)}, True), False))
-        if self.transport.can_write_eof():  # closing now would reset the connection and lose the answer
-            self.transport.write_eof()
-        self.refused = True
-        self.buffer.clear()
-        asyncio.get_running_loop().call_later(REFUSED_TIME_S, self.transport.abort)
-
-    def _advance(self) -> None:
-        """Go on with the request in the buffer as far as its bytes allow.  Raises OppiError."""
-        if self.request is None:
-            end = self.buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)
-            if end < 0:
-                if len(self.buffer) >= HEAD_LIMIT:
-                    self._refuse(BadRequest("Request header too large"), 431)
-                return
-            head = bytes(self.buffer[: end + 4])
-            self.request = parse_head(head[:-4], self.peer)
-            del self.buffer[: end + 4]
-            if self.request.headers.get("upgrade", "").lower() == "websocket":
-                self._upgrade(head)
-                return
-            self.need = self._body_size(self.request)
-        if len(self.buffer) >= self.need:
-            request, self.request = self.request, None
-            request.body = bytes(self.buffer[: self.need])
-            del self.buffer[: self.need]
-            self.busy, self.until = True, 0.0
+            await self._refuse(error.status, str(error))
+        finally:
+            if self.socket:
+                self.socket.lost()
+            self._expect(HEAD_TIME_S)  # what was written may still go out
+            self.writer.close()
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await self.writer.wait_closed()
             self._expect(0)
-            asyncio.ensure_future(self._answer(request))
+            self.edge.connections.pop(self, None)
 
-    def _body_size(self, request: Request) -> int:
-        """Bytes of the body; the token is checked first, so that a stranger can send only little."""
-        if "transfer-encoding" in request.headers:
-            raise BadRequest("Transfer-Encoding is not supported; send Content-Length")
+    async def _refuse(self, status: int, text: str) -> None:
+        """Answer an error and read no further: what follows on the connection cannot be trusted."""
+        self._expect(REFUSED_TIME_S)
+        self.writer.write(response_bytes(Reply(status, {"error": text}), True))
+        if self.writer.can_write_eof():  # closing now would reset the connection and lose the answer
+            self.writer.write_eof()
+        rest, data = REFUSED_BYTES, b"more"
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            while data and rest > 0:
+                data = await self.reader.read(CHUNK)
+                rest -= len(data)
+
+    async def _exchange(self) -> bool:
+        """Read one request and answer it; whether another may follow.  Raises OppiError for a bad one."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        request = parse_head(head[:-4], self.peer)
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            await self._upgrade(request, head)
+            return False
+        request.body = await self._body(request)
+        self._expect(0)
+        self.busy = True
+        reply = await self.edge.api.respond(request)
+        closing = request.headers.get("connection", "").lower() == "close" or self.edge.closing
+        data = await self._response(request, reply, closing)
+        self.busy = False
+        if self.transport.is_closing():
+            return False
+        self.writer.write(data)
+        self._expect(HEAD_TIME_S)  # who does not take what it is sent must not be able to ask for more
+        await self.writer.drain()
+        return not closing
+
+    async def _body(self, request: Request) -> bytes:
+        """The body.  The token is checked first: a stranger may send only little, and in the time for a head."""
+        require("transfer-encoding" not in request.headers, "Transfer-Encoding is not supported; send Content-Length")
         length = request.headers.get("content-length", "0")
-        if not re.fullmatch(r"\d{1,12}", length):
-            raise BadRequest("Malformed Content-Length")
-        limit = BODY_LIMIT
-        try:
+        require(re.fullmatch(r"\d{1,12}", length), "Malformed Content-Length")
+        limit, until = OPEN_BODY_LIMIT, 0.0
+        with contextlib.suppress(Unauthorized):
             self.edge.api.admit(request)
-            self.until = time.monotonic() + BODY_TIME_S
-        except Unauthorized:
-            limit = OPEN_BODY_LIMIT
-        if self.edge.api.open_route(request):
-            limit = OPEN_BODY_LIMIT
+            until = time.monotonic() + BODY_TIME_S
+            limit = OPEN_BODY_LIMIT if self.edge.api.open_route(request) else BODY_LIMIT
         if int(length) > limit:
             raise TooLarge("Request body too large")
         if request.headers.get("expect", "").lower() == "100-continue":
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return int(length)
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        while len(body) < int(length):
+            data = await self.reader.read(int(length) - len(body))
+            if not data:
+                raise EOFError
+            body += data
+            if until:  # it keeps coming
+                self._expect(min(HEAD_TIME_S, until - time.monotonic()))
+        return bytes(body)
 
-    async def _answer(self, request: Request) -> None:
-        reply = await self.edge.api.respond(request)
-        closing = reply.close or request.headers.get("connection", "").lower() == "close" or self.edge.closing
-        reply = reply._replace(close=closing)
-        zip_it = "gzip" in request.headers.get("accept-encoding", "")
-        if isinstance(reply.body, bytes) and len(reply.body) > 65536:
-            data = await asyncio.get_running_loop().run_in_executor(None, response_bytes, reply, zip_it)
-        else:
-            data = response_bytes(reply, zip_it)
-        if self.transport.is_closing():
-            return
-        self.transport.write(data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data)
-        self.busy = False
-        if closing:
-            self.transport.close()
-            return
-        if not self.stuck:
-            self._go_on()
+    async def _response(self, request: Request, reply: Reply, close: bool) -> bytes:
+        """The bytes of an answer; a large one is made on a thread."""
+        make = functools.partial(response_bytes, reply, close, "gzip" in request.headers.get("accept-encoding", ""))
+        large = isinstance(reply.body, bytes) and len(reply.body) > CHUNK
+        data = await asyncio.get_running_loop().run_in_executor(None, make) if large else make()
+        return data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data
 
-    def _upgrade(self, head: bytes) -> None:
-        """Turn into a WebSocket, if path, token and origin are right.  Raises OppiError otherwise."""
-        request, self.request = self.request, None
-        assert request is not None
+    async def _upgrade(self, request: Request, head: bytes) -> None:
+        """Be a WebSocket, if path, token and origin are right.  Raises OppiError otherwise."""
         try:
             principal = self.edge.api.admit(request)
             dialect, session_id = self.edge.api.socket_route(request)
         except Unauthorized as error:
             log_stranger(request)
-            data = response_bytes(Reply(401, {"error": str(error)}, True), False)
-            self.transport.write(data.replace(b"\r\n", b'\r\nWWW-Authenticate: Bearer realm="oppi"\r\n', 1))
-            self.transport.close()
+            data = response_bytes(Reply(401, {"error": str(error)}), True)
+            self.writer.write(data.replace(b"\r\n", b'\r\nWWW-Authenticate: Bearer realm="oppi"\r\n', 1))
             return
         self._expect(0)
-        self.socket = Socket(self, dialect, principal, session_id)
-        self.socket.received(head)
-        if self.buffer:
-            self.socket.received(bytes(self.buffer))
-            self.buffer.clear()
+        self.socket = Client(self, dialect, principal, session_id)
+        data = head
+        while not self.transport.is_closing():
+            self.socket.received(data)
+            if not data:
+                return
+            data = await self.reader.read(CHUNK)
 
 
-class Socket:
+class Client:
     """One phone on a WebSocket.  `dialect` says how it is spoken to, `principal` whose token it used."""
 
     def __init__(self, connection: Connection, dialect: str, principal: str, session_id: str) -> None:
@@ -6349,7 +6300,7 @@ class Socket:
         quiet = logging.getLogger("oppi.websockets")
         quiet.setLevel(logging.CRITICAL)
         self.connection, self.dialect, self.principal, self.session_id = connection, dialect, principal, session_id
-        self.api = connection.edge.api
+        self.api, self.transport = connection.edge.api, connection.transport
         self.protocol: Any = ServerProtocol(max_size=FRAME_LIMIT, logger=quiet)
         self.outbox = Outbox()
         self.subscriptions: dict[str, str] = {}  # session id -> full or notifications
@@ -6378,41 +6329,49 @@ class Socket:
         if wire is None or not self.open:
             return
         if not self.blocked and not self.outbox.waiting:
-            data = shared.get(self.dialect) if shared is not None else None
-            if data is None:
-                data = encode(wire)
-                if shared is not None:
-                    shared[self.dialect] = data
-            self._send(data)
+            shared = {} if shared is None else shared
+            if self.dialect not in shared:
+                shared[self.dialect] = encode(wire)
+            self._send(shared[self.dialect])
         elif not self.outbox.push(wire, len(wire.get("delta") or ()) or len(encode(wire))):
             log("socket", "a phone is too slow; closing its socket so that it catches up")
             self.outbox.waiting.clear()
-            self.connection.transport.abort()
-
-    def unblocked(self) -> None:
-        self.blocked = False
-        waiting = self.outbox.waiting
-        while waiting and not self.blocked and self.open:
-            self._send(encode(waiting.popleft()))
-        if not waiting:
-            self.outbox.size = 0
+            self.transport.abort()
 
     def _send(self, data: bytes) -> None:
         self.protocol.send_text(data)
         self._write()
 
     def _write(self) -> None:
-        for data in self.protocol.data_to_send():
-            if data:
-                self.connection.transport.write(data)
-        if self.connection.transport.get_write_buffer_size() > OUTBOX_LIMIT:
-            self.connection.transport.abort()
+        for data in filter(None, self.protocol.data_to_send()):
+            self.transport.write(data)
+        unsent = self.transport.get_write_buffer_size()
+        if unsent > OUTBOX_LIMIT:
+            self.transport.abort()
+        elif unsent > WRITE_HIGH and not self.blocked:
+            self.blocked = True
+            self.spawn(self._unblock())
         if self.protocol.close_expected():
-            self._expect_close()
+            self.accepted = False
+            asyncio.get_running_loop().call_later(1, self.transport.close)
 
-    def _expect_close(self) -> None:
-        self.accepted = False
-        asyncio.get_running_loop().call_later(1, self.connection.transport.close)
+    async def _unblock(self) -> None:
+        """Wait until the kernel takes more, then send what had to wait."""
+        waiting = self.outbox.waiting
+        with contextlib.suppress(OSError):  # the phone is gone
+            while self.blocked:
+                await self.connection.writer.drain()
+                self.blocked = False
+                while waiting and not self.blocked and self.open:
+                    self._send(encode(waiting.popleft()))
+        if not waiting:
+            self.outbox.size = 0
+
+    def spawn(self, work: Any) -> None:
+        """Do something beside; it ends when the token is revoked."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def received(self, data: bytes) -> None:
         """Bytes of the peer; b"" at its end."""
@@ -6425,23 +6384,22 @@ class Socket:
                 self._on_frame(event)
             else:
                 self._on_handshake(event)
-        if self.connection.transport.is_closing():
+        if self.transport.is_closing():
             return
         if self.protocol.handshake_exc is not None:
-            self.connection.transport.close()
+            self.transport.close()
         else:
             self._write()
 
     def _on_handshake(self, request: Any) -> None:
         response = self.protocol.accept(request)
         self.protocol.send_response(response)
+        self._write()
         if response.status_code == 101:
-            self._write()
             self.accepted = True
             self.api.connected(self)
         else:
-            self._write()
-            self.connection.transport.close()
+            self.transport.close()
 
     def _on_frame(self, frame: Any) -> None:
         if frame.opcode == 10:  # pong
@@ -6450,23 +6408,17 @@ class Socket:
             self.close(1003, "Binary frames not supported")
         elif frame.opcode in (0, 1) and self.open:
             self._partial.append(frame.data)
-            if frame.fin:
+            if frame.fin and len(self.tasks) >= TASKS_PER_SOCKET:
+                self.close(1008, "Too many messages at once")
+            elif frame.fin:
                 data, self._partial = b"".join(self._partial), []
-                self._on_text(data)
-
-    def _on_text(self, data: bytes) -> None:
-        if len(self.tasks) >= TASKS_PER_SOCKET:
-            self.close(1008, "Too many messages at once")
-            return
-        task = asyncio.ensure_future(self.api.message(self, data))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+                self.spawn(self.api.message(self, data))
 
     def ping(self) -> None:
         """Called every PING_S: ask for a sign of life, give up after PINGS_MISSED without one."""
         self.missed += 1
         if self.missed > PINGS_MISSED:
-            self.connection.transport.abort()
+            self.transport.abort()
         elif self.open:
             self.protocol.send_ping(b"oppi")
             self._write()
@@ -6476,14 +6428,11 @@ class Socket:
             self.accepted = False
             self.protocol.send_close(code, reason)
             self._write()
-            asyncio.get_running_loop().call_later(2, self.connection.transport.abort)
+            asyncio.get_running_loop().call_later(2, self.transport.abort)
 
     def lost(self) -> None:
         self.accepted = False
         self.api.server.hub.clients.discard(self)
-
-
-Client = Socket
 
 
 class Edge:
@@ -6498,15 +6447,15 @@ class Edge:
     async def listen(self, host: str, port: int) -> int:
         """Listen; the port.  Raises UsageError when that is impossible."""
         try:
-            loop = asyncio.get_running_loop()
-            self.server = await loop.create_server(lambda: cast("asyncio.Protocol", Connection(self)), host, port, backlog=256)
+            self.server = await asyncio.start_server(
+                lambda *streams: Connection(self, *streams).serve(), host, port, limit=HEAD_LIMIT - 4, backlog=256
+            )
         except (OSError, OverflowError) as error:
             text = getattr(error, "strerror", None) or str(error)
             raise UsageError(f"Cannot listen on {host} port {port}: {text}") from None
-        found: int = self.server.sockets[0].getsockname()[1]
-        return found
+        return int(self.server.sockets[0].getsockname()[1])
 
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Client]:
         return [c.socket for c in self.connections if c.socket]
 
     async def close(self) -> None:
@@ -6529,13 +6478,13 @@ class Edge:
 # endpoint (or the kind of the device's token) tells the generation.
 
 WORKSPACE_TYPES = {
-    "string": "name description icon runtime policyPreset systemPrompt systemPromptMode hostMount memoryNamespace defaultModel "
-    "lastUsedModel",
+    "string": "name description icon runtime policyPreset systemPrompt systemPromptMode hostMount memoryNamespace "
+    "defaultModel lastUsedModel",
     "bool": "memoryEnabled gitStatusEnabled",
     "texts": "skills extensions allowedExecutables",
     "object": "sandboxConfig",
 }
-KIND_TEXTS = {"string": "must be a string", "bool": "must be boolean", "texts": "must be an array", "object": "must be an object"}
+KIND_TEXTS = {"string": "a string", "bool": "boolean", "texts": "an array", "object": "an object"}
 CLEARABLE = ("description", "icon", "systemPrompt", "hostMount", "defaultModel", "sandboxConfig")
 EXTENSION_NAME = r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}"
 WORKSPACE_CHOICES = (
@@ -6543,51 +6492,52 @@ WORKSPACE_CHOICES = (
     ("policyPreset", tuple(PRESETS), "policyPreset must be one of: container, host, host_standard, host_locked"),
     ("systemPromptMode", ("append", "replace"), "systemPromptMode must be append or replace"),
 )
-SEEDS = (("general", "terminal", "A place for everyday work"), ("research", "magnifyingglass", "Reading and finding out"))
+PATH_CHECKS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda entry: isinstance(entry, dict), "entries must be objects"),
+    (lambda entry: _is_text(entry.get("path")), "entries require a non-empty path"),
+    (lambda entry: entry.get("access") in ("read", "readwrite"), "access must be read or readwrite"),
+)
+SEEDS = (
+    ("general", "terminal", "A place for everyday work"), ("research", "magnifyingglass", "Reading and finding out"),
+)
 MODEL_FIELDS = ("id", "name", "provider", "reasoning", "input", "contextWindow", "maxTokens")
+SECURITY_FLAGS = ("requireTlsOutsideTailnet", "allowInsecureHttpInTailnet", "requirePinnedServerIdentity")
+RULE_SCOPE_TEXT = 'scope must be one of: "session", "workspace", "global"'
+
+
+def known_skills() -> list[Json]:
+    return scan_skills(os.path.join(agent_dir(), "skills"))
 
 
 def check_workspace(body: Json, creating: bool) -> Json:
     """The fields of a workspace body that are to be stored; None clears one.  Raises BadRequest (http-api 3.3)."""
-    for name, text in (("name", "name required"), ("skills", "skills array required")):
-        value = body.get(name)
-        good = _is_text(value) if name == "name" else isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if (creating or name in body) and not good:
-            raise BadRequest(text)
+    given, skills = {*body, *(("name", "skills") if creating else ())}, body.get("skills")
+    require("name" not in given or _is_text(body.get("name")), "name required")
+    strings = isinstance(skills, list) and all(isinstance(name, str) for name in skills)
+    require("skills" not in given or strings, "skills array required")
     for kind, names in WORKSPACE_TYPES.items():
         for name in names.split():
-            if body.get(name) is not None and CHECKS[kind](Key(name, kind), body[name]):
-                raise BadRequest(f"{name} {KIND_TEXTS[kind]}")
+            good = body.get(name) is None or not CHECKS[kind](Key(name, kind), body[name])
+            require(good, f"{name} must be {KIND_TEXTS[kind]}")
     values = typed(body, WORKSPACE_TYPES)
-    known = {skill["name"] for skill in scan_skills(os.path.join(agent_dir(), "skills"))} if values.get("skills") else set()
-    if unknown := [name for name in values.get("skills", []) if name not in known]:
-        raise BadRequest(f"Unknown skills: {', '.join(unknown)}")
+    known = {skill["name"] for skill in known_skills()} if skills else set()
+    unknown = [name for name in values.get("skills", []) if name not in known]
+    require(not unknown, f"Unknown skills: {', '.join(unknown)}")
     if "extensions" in values:
         values["extensions"] = list(OrderedDict.fromkeys(name.strip() for name in values["extensions"]))
-    if invalid := [name for name in values.get("extensions", []) if not re.fullmatch(EXTENSION_NAME, name)]:
-        raise BadRequest(f"Invalid extension names: {', '.join(invalid)}")
+    invalid = [name for name in values.get("extensions", []) if not re.fullmatch(EXTENSION_NAME, name)]
+    require(not invalid, f"Invalid extension names: {', '.join(invalid)}")
     for name, choices, text in WORKSPACE_CHOICES:
-        if values.get(name, choices[0]) not in choices:
-            raise BadRequest(text)
-    if not re.fullmatch(EXTENSION_NAME, values.get("memoryNamespace", "a")):
-        raise BadRequest(f"memoryNamespace must match {EXTENSION_NAME}")
-    if body.get("allowedPaths") is not None:
-        values["allowedPaths"] = check_allowed_paths(body["allowedPaths"])
+        require(values.get(name, choices[0]) in choices, text)
+    namespace = values.get("memoryNamespace", "a")
+    require(re.fullmatch(EXTENSION_NAME, namespace), f"memoryNamespace must match {EXTENSION_NAME}")
+    paths = body.get("allowedPaths")
+    if paths is not None:
+        require(isinstance(paths, list), "allowedPaths must be an array")
+        for entry, (good_entry, text) in itertools.product(paths, PATH_CHECKS):
+            require(good_entry(entry), f"allowedPaths {text}")
+        values["allowedPaths"] = paths
     return {**values, **{name: None for name in CLEARABLE if name in body and body[name] is None and not creating}}
-
-
-def check_allowed_paths(paths: Any) -> list[Any]:
-    """The list, if it is a good one.  Raises BadRequest."""
-    if not isinstance(paths, list):
-        raise BadRequest("allowedPaths must be an array")
-    for entry in paths:
-        if not isinstance(entry, dict):
-            raise BadRequest("allowedPaths entries must be objects")
-        if not _is_text(entry.get("path")):
-            raise BadRequest("allowedPaths entries require a non-empty path")
-        if entry.get("access") not in ("read", "readwrite"):
-            raise BadRequest("allowedPaths access must be read or readwrite")
-    return paths
 
 
 def workspace_wire(record: Json, dialect: str, skills: set[str]) -> Json:
@@ -6599,9 +6549,7 @@ def workspace_wire(record: Json, dialect: str, skills: set[str]) -> Json:
     wire["skills"] = [s for s in wire.get("skills", []) if s in skills]
     if wire.get("systemPromptMode") not in ("append", "replace"):
         wire.pop("systemPromptMode", None)
-    for name in ("createdAt", "updatedAt"):
-        wire[name] = whole(record.get(name))
-    return wire
+    return {**wire, **{name: whole(record.get(name)) for name in ("createdAt", "updatedAt")}}
 
 
 def safe_model(model: Any) -> Any:
@@ -6618,9 +6566,9 @@ class Pass(NamedTuple):
     limit_s: float = CALL_LIMIT_S
 
 
+PLAIN = ("get_messages", "get_session_stats", "get_fork_messages", "abort_retry", "abort_bash")
 PASS = {
-    "get_messages": Pass(),
-    "get_session_stats": Pass(),
+    **dict.fromkeys(PLAIN, Pass()),
     "get_available_models": Pass(after="_after_models"),
     "set_model": Pass({"provider": str, "modelId": str}, after="_after_model"),
     "cycle_model": Pass(after="_after_model"),
@@ -6629,19 +6577,47 @@ PASS = {
     "new_session": Pass(after="_after_switch"),
     "switch_session": Pass({"sessionPath": str}, after="_after_switch"),
     "fork": Pass({"entryId": str}, after="_after_switch", limit_s=30),
-    "get_fork_messages": Pass(),
     "set_session_name": Pass({"name": str}, after="_after_name"),
     "compact": Pass({}, {"customInstructions": str}, limit_s=LONG_LIMIT_S),
     "set_auto_compaction": Pass({"enabled": bool}),
     "set_auto_retry": Pass({"enabled": bool}),
     "set_steering_mode": Pass({"mode": str}),
     "set_follow_up_mode": Pass({"mode": str}),
-    "abort_retry": Pass(),
-    "abort_bash": Pass(),
     "bash": Pass({"command": str}, limit_s=LONG_LIMIT_S),
     "get_commands": Pass(after="_after_commands"),
 }
 CHOICES = {"level": THINKING_LEVELS, "mode": ("all", "one-at-a-time")}
+TURN_COMMANDS = ("prompt", "steer", "follow_up")
+KNOWN = frozenset((*TURN_COMMANDS, "extension_ui_response", "get_queue", "set_queue", *PASS))
+
+ROUTES = {  # path -> method -> handler
+    "/health": {"*": "health"},
+    "/pair": {"POST": "pair"},
+    "/me": {"GET": "me"},
+    "/me/device-token": {"POST": "push_token", "DELETE": "push_token"},
+    "/server/info": {"GET": "server_info"},
+    "/security/profile": {"GET": "security_profile", "PUT": "change_security"},
+    "/models": {"GET": "models"},
+    "/skills": {"GET": "skills"},
+    "/workspaces": {"GET": "workspaces", "POST": "create_workspace"},
+    "/workspaces/:wid": {"GET": "show_workspace", "PUT": "change_workspace", "DELETE": "delete_workspace"},
+    "/sessions": {"GET": "all_sessions"},
+    "/local-sessions": {"GET": "local_sessions"},
+    "/workspaces/:wid/sessions": {"GET": "sessions", "POST": "create_session"},
+    "/workspaces/:wid/sessions/:sid": {"GET": "session_detail", "DELETE": "delete_session"},
+    "/workspaces/:wid/sessions/:sid/events": {"GET": "events"},
+    "/workspaces/:wid/sessions/:sid/stop": {"POST": "stop_session"},
+    "/workspaces/:wid/sessions/:sid/resume": {"POST": "resume_session"},
+    "/workspaces/:wid/sessions/:sid/fork": {"POST": "fork_session"},
+    "/workspaces/:wid/sessions/:sid/tool-output/:call": {"GET": "tool_output"},
+    "/permissions/pending": {"GET": "pending"},
+    "/permissions/:id/respond": {"POST": "answer_permission"},
+    "/policy/profile": {"GET": "policy_profile"},
+    "/policy/rules": {"GET": "policy_rules", "POST": "add_rule"},
+    "/policy/rules/:id": {"PATCH": "change_rule", "DELETE": "drop_rule"},
+    "/policy/audit": {"GET": "audit"},
+    "/policy/fallback": {"GET": "fallback", "PATCH": "change_fallback"},
+}
 
 
 class Api:
@@ -6650,7 +6626,10 @@ class Api:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.limit = PairingLimit()
-        self.routes = [(method, pattern.split("/")[1:], getattr(self, name)) for method, pattern, name in ROUTES]
+        self.routes = [
+            (path.split("/")[1:], {method: getattr(self, name) for method, name in row.items()})
+            for path, row in ROUTES.items()
+        ]
 
     # who may
 
@@ -6664,7 +6643,8 @@ class Api:
 
     def open_route(self, request: Request) -> bool:
         """Whether a request needs no token."""
-        return request.path == "/health" or request.method == "OPTIONS" or (request.method, request.path) == ("POST", "/pair")
+        pairing = request.method == "POST" and request.path == "/pair"
+        return pairing or request.path == "/health" or request.method == "OPTIONS"
 
     async def respond(self, request: Request) -> Reply:
         """The answer to a request; never raises."""
@@ -6675,21 +6655,21 @@ class Api:
                 self.admit(request)
             found = await self._route(request)
             return found if isinstance(found, Reply) else Reply(200, found)
-        except Unauthorized as error:
-            log_stranger(request)
-            return Reply(401, {"error": str(error)})
         except OppiError as error:
-            return Reply(error.status, {"error": str(error), **({"code": error.code} if error.code else {})})
+            if isinstance(error, Unauthorized):
+                log_stranger(request)
+            return Reply(error.status, {"error": str(error), **_code_of(error)})
         except Exception as error:
             log("http", f"{request.method} {request.path}: {type(error).__name__}: {error}")
             return Reply(500, {"error": "Internal error"})
 
     async def _route(self, request: Request) -> Any:
-        for method, pattern, handler in self.routes:
-            if method in (request.method, "*") and len(pattern) == len(request.parts):
-                pairs = list(zip(pattern, request.parts))
-                if all(name == part or (name.startswith(":") and part) for name, part in pairs):
-                    return await handler(request, *[part for name, part in pairs if name.startswith(":")])
+        for pattern, methods in self.routes:
+            pairs = list(zip(pattern, request.parts))
+            fits = all(name == part or (name.startswith(":") and part) for name, part in pairs)
+            handler = methods.get(request.method) or methods.get("*")
+            if handler and fits and len(pattern) == len(request.parts):
+                return await handler(request, *[part for name, part in pairs if name.startswith(":")])
         raise NotFound("Not found")
 
     # identity, server, pairing
@@ -6697,13 +6677,12 @@ class Api:
     async def health(self, request: Request) -> Json:
         return {"ok": True, "protocol": 2}
 
-    async def pair(self, request: Request) -> Any:
+    async def pair(self, request: Request) -> Json:
         now = time.monotonic()
         if self.limit.blocked(request.peer, now):
             raise TooManyRequests("Too many invalid pairing attempts. Try again later.")
         token = request.json().get("pairingToken")
-        if not _is_text(token):
-            raise BadRequest("pairingToken required")
+        require(_is_text(token), "pairingToken required")
         try:
             device = self.server.redeem(str(token).strip())
         except (OSError, UsageError) as error:
@@ -6719,101 +6698,89 @@ class Api:
         return {"user": "owner", "name": short_host()}
 
     async def server_info(self, request: Request) -> Json:
-        server = self.server
-        uname = os.uname()
-        version = ".".join(map(str, server.pi.version)) or "unknown"
+        server, config, uname = self.server, self.server.settings, os.uname()
         sessions = server.store.sessions.values()
-        info: Json = {"name": short_host(), "version": __version__, "uptime": int(time.monotonic() - server.started)}
-        info.update(os=uname.sysname.lower(), arch={"x86_64": "x64", "aarch64": "arm64"}.get(uname.machine, uname.machine))
-        info.update(hostname=socket.gethostname(), nodeVersion=f"python {sys.version.split()[0]}", piVersion=version)
-        info["configVersion"] = server.settings["configVersion"]
-        info["identity"] = {"fingerprint": server.fingerprint, "keyId": server.settings["identity.keyId"], "algorithm": "ed25519"}
-        info["stats"] = {
-            "workspaceCount": len(server.store.workspaces),
-            "activeSessionCount": sum(s.get("status") not in ("stopped", "error") for s in sessions),
-            "totalSessionCount": len(sessions),
-            "skillCount": len(self._skills()),
-            "modelCount": len(server.pi.models),
+        return {
+            "name": short_host(),
+            "version": __version__,
+            "uptime": int(time.monotonic() - server.started),
+            "os": uname.sysname.lower(),
+            "arch": {"x86_64": "x64", "aarch64": "arm64"}.get(uname.machine, uname.machine),
+            "hostname": socket.gethostname(),
+            "nodeVersion": f"python {sys.version.split()[0]}",
+            "piVersion": ".".join(map(str, server.pi.version)) or "unknown",
+            "configVersion": config["configVersion"],
+            "identity": {"fingerprint": server.fingerprint, "keyId": config["identity.keyId"], "algorithm": "ed25519"},
+            "stats": {
+                "workspaceCount": len(server.store.workspaces),
+                "activeSessionCount": sum(s.get("status") not in ("stopped", "error") for s in sessions),
+                "totalSessionCount": len(sessions),
+                "skillCount": len(known_skills()),
+                "modelCount": len(server.pi.models),
+            },
         }
-        return info
 
     async def security_profile(self, request: Request) -> Json:
         settings = self.server.settings
-        names = ("requireTlsOutsideTailnet", "allowInsecureHttpInTailnet", "requirePinnedServerIdentity")
         identity = {name: settings[f"identity.{name}"] for name in ("enabled", "algorithm", "keyId")}
         return {
             "configVersion": settings["configVersion"],
-            "profile": settings["security.profile"],
-            **{name: settings[f"security.{name}"] for name in names},
+            **{name: settings[f"security.{name}"] for name in ("profile", *SECURITY_FLAGS)},
             "identity": {**identity, "fingerprint": self.server.fingerprint},
             "invite": {"format": settings["invite.format"], "maxAgeSeconds": settings["invite.maxAgeSeconds"]},
         }
 
     async def change_security(self, request: Request) -> Json:
-        body, changes = request.json(), {}
-        if "profile" in body:
-            if body["profile"] not in PROFILES:
-                raise BadRequest("profile must be one of: tailscale-permissive, strict")
-            changes["security.profile"] = body["profile"]
-        for name in ("requireTlsOutsideTailnet", "allowInsecureHttpInTailnet", "requirePinnedServerIdentity"):
-            if name in body and not isinstance(body[name], bool):
-                raise BadRequest(f"{name} must be boolean")
-            changes.update({f"security.{name}": body[name]} if name in body else {})
-        invite = body.get("invite", {})
-        if not isinstance(invite, dict):
-            raise BadRequest("invite must be an object")
+        body = request.json()
+        require(body.get("profile", PROFILES[0]) in PROFILES, "profile must be one of: tailscale-permissive, strict")
+        for name in SECURITY_FLAGS:
+            require(isinstance(body.get(name, True), bool), f"{name} must be boolean")
+        invite, age = body.get("invite", {}), "invite.maxAgeSeconds"
+        require(isinstance(invite, dict), "invite must be an object")
+        changes = {f"security.{name}": body[name] for name in ("profile", *SECURITY_FLAGS) if name in body}
         if "maxAgeSeconds" in invite:
-            if CHECKS["int"](KEY_BY_PATH["invite.maxAgeSeconds"], invite["maxAgeSeconds"]):
-                raise BadRequest("invite.maxAgeSeconds must be an integer between 1 and 86400")
-            changes["invite.maxAgeSeconds"] = invite["maxAgeSeconds"]
+            changes[age] = invite["maxAgeSeconds"]
+            require(not CHECKS["int"](KEY_BY_PATH[age], changes[age]), f"{age} must be an integer between 1 and 86400")
         self.server.configure(changes)
         return await self.security_profile(request)
 
     async def push_token(self, request: Request) -> Json:
         """Register or remove a push token.  It is an address, never a credential."""
-        body = request.json()
-        token, live = body.get("deviceToken"), body.get("tokenType") == "liveactivity"
-        if not _is_text(token) or len(str(token)) > 512:
-            if request.method == "DELETE":
-                return {"ok": True}
-            raise BadRequest("deviceToken required")
-        tokens = [t for t in self.server.settings["pushDeviceTokens"] or [] if t != token]
-        if live:
-            self.server.configure({"liveActivityToken": token if request.method == "POST" else ""})
-        else:
-            self.server.configure({"pushDeviceTokens": (tokens + [token])[-32:] if request.method == "POST" else tokens})
+        body, adding = request.json(), request.method == "POST"
+        token = body.get("deviceToken")
+        good = _is_text(token) and len(str(token)) <= 512
+        require(good or not adding, "deviceToken required")
+        if good and body.get("tokenType") == "liveactivity":
+            self.server.configure({"liveActivityToken": token if adding else ""})
+        elif good:
+            others = [t for t in self.server.settings["pushDeviceTokens"] or [] if t != token]
+            self.server.configure({"pushDeviceTokens": [*others, token][-32:] if adding else others})
         return {"ok": True}
 
     async def models(self, request: Request) -> Json:
         return {"models": await self.server.pi.known_models()}
 
-    def _skills(self) -> list[Json]:
-        return scan_skills(os.path.join(agent_dir(), "skills"))
-
     async def skills(self, request: Request) -> Json:
-        return {"skills": self._skills()}
+        return {"skills": known_skills()}
 
     # workspaces
 
     def workspace(self, key: str) -> Json:
         """Raises NotFound."""
-        record = self.server.store.workspaces.get(key)
-        if record is None:
-            raise NotFound("Workspace not found")
-        return record
+        return cast(Json, existing(self.server.store.workspaces.get(key), "Workspace not found"))
 
-    def _workspace_wire(self, request: Request, record: Json) -> Json:
-        return workspace_wire(record, self.server.dialect_of(self.admit(request)), {skill["name"] for skill in self._skills()})
+    def _shown(self, request: Request, *records: Json) -> list[Json]:
+        """Workspaces as the app that asks decodes them."""
+        skills, dialect = {skill["name"] for skill in known_skills()}, self.server.dialect_of(self.admit(request))
+        return [workspace_wire(record, dialect, skills) for record in records]
 
     async def workspaces(self, request: Request) -> Json:
-        if not self.server.store.workspaces:
-            for name, icon, description in SEEDS:
-                self._add_workspace(
-                    {"name": name, "icon": icon, "description": description, "skills": [], "policyPreset": "host_standard"}
-                )
-        skills, dialect = {skill["name"] for skill in self._skills()}, self.server.dialect_of(self.admit(request))
-        records = sorted(self.server.store.workspaces.values(), key=lambda r: whole(r.get("createdAt")))
-        return {"workspaces": [workspace_wire(record, dialect, skills) for record in records]}
+        known = self.server.store.workspaces
+        for name, icon, description in () if known else SEEDS:
+            seed = {"name": name, "icon": icon, "description": description, "policyPreset": "host_standard"}
+            self._add_workspace({**seed, "skills": []})
+        records = sorted(known.values(), key=lambda r: whole(r.get("createdAt")))
+        return {"workspaces": self._shown(request, *records)}
 
     def _add_workspace(self, values: Json) -> Json:
         now = now_ms()
@@ -6824,21 +6791,19 @@ class Api:
 
     async def create_workspace(self, request: Request) -> Reply:
         record = self._add_workspace(check_workspace(request.json(), True))
-        return Reply(201, {"workspace": self._workspace_wire(request, record)})
+        return Reply(201, {"workspace": self._shown(request, record)[0]})
 
     async def show_workspace(self, request: Request, key: str) -> Json:
-        return {"workspace": self._workspace_wire(request, self.workspace(key))}
+        return {"workspace": self._shown(request, self.workspace(key))[0]}
 
     async def change_workspace(self, request: Request, key: str) -> Json:
         record = self.workspace(key)
-        for name, value in check_workspace(request.json(), False).items():
-            if value is None:
-                record.pop(name, None)
-            else:
-                record[name] = value
-        record["updatedAt"] = now_ms()
+        changes = check_workspace(request.json(), False)
+        record.update(changes, updatedAt=now_ms())
+        for name in [name for name, value in changes.items() if value is None]:
+            del record[name]
         self.server.store.save_workspace(record)
-        return {"workspace": self._workspace_wire(request, record)}
+        return await self.show_workspace(request, key)
 
     async def delete_workspace(self, request: Request, key: str) -> Json:
         if self.server.store.workspaces.pop(key, None) is not None:
@@ -6861,59 +6826,47 @@ class Api:
         return {"sessions": self._sorted(self.server.store.sessions.values())}
 
     async def sessions(self, request: Request, key: str) -> Json:
-        workspace = self.workspace(key)
+        workspace, days = self.workspace(key), request.query.get("recentDays", "")
         records = [r for r in self.server.store.sessions.values() if r.get("workspaceId") == key]
-        days = request.query.get("recentDays", "")
-        if re.fullmatch(r"\d{1,4}", days):
-            since = now_ms() - int(days) * 86_400_000
-            recent = [r for r in records if r.get("status") != "stopped" or whole(r.get("lastActivity")) >= since]
-        else:
-            recent = records
-        shown = self._workspace_wire(request, workspace)
+        since = now_ms() - int(days) * 86_400_000 if re.fullmatch(r"\d{1,4}", days) else -math.inf
+        recent = [r for r in records if r.get("status") != "stopped" or whole(r.get("lastActivity")) >= since]
+        shown = self._shown(request, workspace)[0]
         return {"sessions": self._sorted(recent), "workspace": shown, "totalCount": len(records)}
 
     async def create_session(self, request: Request, key: str) -> Reply:
         workspace, body = self.workspace(key), request.json()
         for name in ("name", "model", "prompt", "thinking", "parentSessionId"):
-            if not isinstance(body.get(name, ""), str) and body.get(name) is not None:
-                raise BadRequest(f"{name} must be a string")
-        if re.search("[\x00-\x1f\ud800-\udfff]", f"{body.get('model')}{body.get('thinking')}"):
-            raise BadRequest("model and thinking must be plain text")
+            require(isinstance(body.get(name), (str, type(None))), f"{name} must be a string")
+        odd = re.search("[\x00-\x1f\ud800-\udfff]", f"{body.get('model')}{body.get('thinking')}")
+        require(not odd, "model and thinking must be plain text")
         if body.get("piSessionFile"):
-            if not _is_text(body["piSessionFile"]) or (body.get("prompt") or "").strip():
-                raise BadRequest("piSessionFile must be a path, and comes without a prompt")
+            good = _is_text(body["piSessionFile"]) and not _is_text(body.get("prompt"))
+            require(good, "piSessionFile must be a path, and comes without a prompt")
             return Reply(201, {"session": session_wire(self.server.sessions.adopt(workspace, body["piSessionFile"], body))})
         images_of(body.get("images"))
         await self.server.pi.known_models()
         record = self.server.sessions.create(workspace, body)
-        if not (body.get("prompt") or "").strip():
-            return Reply(201, {"session": session_wire(record)})
-        prompted = await self._first_prompt(record, body)
-        return Reply(201, {"session": session_wire(record), "prompted": prompted})
+        more = {"prompted": await self._first_prompt(record, body)} if _is_text(body.get("prompt")) else {}
+        return Reply(201, {"session": session_wire(record), **more})
 
     async def local_sessions(self, request: Request) -> Json:
         return {"sessions": await self.server.sessions.local()}
 
     async def fork_session(self, request: Request, key: str, session_id: str) -> Reply:
         workspace, record = self.workspace(key), self.server.store.sessions.get(session_id)
-        if record is None:
-            raise NotFound("Session not found")
-        if record.get("workspaceId") != key:
-            raise BadRequest("Session does not belong to this workspace")
-        body = request.json()
-        if not _is_text(body.get("entryId")):
-            raise BadRequest("entryId required")
+        record, body = existing(record, "Session not found"), request.json()
+        require(record.get("workspaceId") == key, "Session does not belong to this workspace")
+        require(_is_text(body.get("entryId")), "entryId required")
         name = str(body["name"]) if _is_text(body.get("name")) else ""
         forked = await self.server.sessions.fork(record, workspace, entry_of(body["entryId"]), name)
         return Reply(201, {"session": session_wire(forked)})
 
     async def _first_prompt(self, record: Json, body: Json) -> bool:
         """Start a new session and send its prompt; False if that failed."""
-        failures: list[Json] = []
+        prompt = {"message": body["prompt"].strip(), "images": body.get("images")}
         try:
             await self.server.sessions.start(record["id"])
-            message = {"message": body["prompt"].strip(), "images": body.get("images")}
-            await self.server.sessions.turn(record["id"], "prompt", message, failures.append)
+            await self.server.sessions.turn(record["id"], "prompt", prompt, lambda frame: None)
         except OppiError as error:
             log("session", f"{record['id']}: first prompt failed: {error}")
             return False
@@ -6934,8 +6887,7 @@ class Api:
 
     async def tool_output(self, request: Request, key: str, session_id: str, call_id: str) -> Json:
         self.session(key, session_id)
-        entries = await self.server.sessions.entries(session_id)
-        for entry in entries:
+        for entry in await self.server.sessions.entries(session_id):
             message = entry.get("message") or {}
             if message.get("role") == "toolResult" and message.get("toolCallId") == call_id:
                 event = _result_events("", message)[0]
@@ -6943,17 +6895,14 @@ class Api:
         raise NotFound("Tool output not found")
 
     async def events(self, request: Request, key: str, session_id: str) -> Json:
-        since_text = request.query.get("since", "0")
-        if not re.fullmatch(r"\d{1,15}", since_text):
-            raise BadRequest("since must be a non-negative integer")
-        since = int(since_text)
+        since = request.query.get("since", "0")
+        require(re.fullmatch(r"\d{1,15}", since), "since must be a non-negative integer")
         record = self.session(key, session_id)
-        live = self.server.sessions.active.get(session_id)
-        if live is None:
-            raise NotFound("Session not active")
+        live: LiveSession = existing(self.server.sessions.active.get(session_id), "Session not active")
         live.flush()
-        events, complete = live.log.since(since)
-        return {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete, "session": session_wire(record)}
+        events, complete = live.log.since(int(since))
+        found = {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete}
+        return {**found, "session": session_wire(record)}
 
     async def stop_session(self, request: Request, key: str, session_id: str) -> Json:
         self.session(key, session_id)
@@ -6961,11 +6910,8 @@ class Api:
 
     async def resume_session(self, request: Request, key: str, session_id: str) -> Json:
         self.workspace(key)
-        record = self.server.store.sessions.get(session_id)
-        if record is None:
-            raise NotFound("Session not found")
-        if record.get("workspaceId") != key:
-            raise BadRequest("Session does not belong to this workspace")
+        record = existing(self.server.store.sessions.get(session_id), "Session not found")
+        require(record.get("workspaceId") == key, "Session does not belong to this workspace")
         await self.server.sessions.start(session_id)
         return {"session": session_wire(record)}
 
@@ -6976,28 +6922,28 @@ class Api:
 
     # permissions
 
+    def _wanted(self, request: Request) -> Callable[[Json], bool]:
+        """Whether an entry is of the session and workspace a query names.  Raises NotFound for unknown ones."""
+        wanted = {name: request.query[name] for name in ("sessionId", "workspaceId") if name in request.query}
+        if "sessionId" in wanted:
+            existing(self.server.store.sessions.get(wanted["sessionId"]), "Session not found")
+        if "workspaceId" in wanted:
+            self.workspace(wanted["workspaceId"])
+        return lambda entry: all(entry.get(name) == value for name, value in wanted.items())
+
     async def pending(self, request: Request) -> Json:
-        session_id, workspace_id = request.query.get("sessionId"), request.query.get("workspaceId")
-        if session_id is not None and session_id not in self.server.store.sessions:
-            raise NotFound("Session not found")
-        if workspace_id is not None:
-            self.workspace(workspace_id)
-        pending = [
-            {**{k: v for k, v in p.wire.items() if k != "type"}, "workspaceId": p.session.workspace_id}
-            for p in self.server.approvals.pending.values()
-            if session_id in (None, p.session.id) and workspace_id in (None, p.session.workspace_id)
-        ]
-        return {"pending": pending, "serverTime": now_ms()}
+        wanted, waiting = self._wanted(request), self.server.approvals.pending.values()
+        entries = [{**pending.wire, "workspaceId": pending.session.workspace_id} for pending in waiting]
+        shown = [{k: v for k, v in entry.items() if k != "type"} for entry in filter(wanted, entries)]
+        return {"pending": shown, "serverTime": now_ms()}
 
     async def answer_permission(self, request: Request, key: str) -> Json:
-        body = request.json()
-        scope, expires = body.get("scope") or "once", body.get("expiresInMs")
-        if scope not in SCOPES:
-            raise BadRequest('scope must be "once", "session", or "global"')
-        self.server.approvals.check(body.get("action"), expires)
-        if key not in self.server.approvals.pending:
-            raise NotFound("Permission request not found")
-        choice = self.server.approvals.answer(key, body.get("action"), scope, expires)
+        body, approvals = request.json(), self.server.approvals
+        action, scope, expires = body.get("action"), body.get("scope") or "once", body.get("expiresInMs")
+        require(scope in SCOPES, 'scope must be "once", "session", or "global"')
+        approvals.check(action, expires)
+        existing(approvals.pending.get(key), "Permission request not found")
+        choice = approvals.answer(key, action, scope, expires)
         more = {"expiresInMs": expires} if expires is not None and choice["scope"] != "once" else {}
         return {"ok": True, "id": key, "action": choice["action"], "scope": choice["scope"], **more}
 
@@ -7005,11 +6951,12 @@ class Api:
 
     async def policy_profile(self, request: Request) -> Json:
         key = request.query.get("workspaceId")
-        workspace = self.workspace(key) if key is not None else {"runtime": "host", "policyPreset": "host"}
-        preset = workspace.get("policyPreset") or ("container" if workspace.get("runtime") == "container" else "host")
-        profile: Json = {"runtime": workspace.get("runtime") or "host", "policyPreset": preset, "generatedAt": now_ms()}
-        profile.update({"workspaceId": key, "workspaceName": str(workspace.get("name"))} if key is not None else {})
-        return {"profile": {**profile, **policy_summary(preset)}}
+        workspace = self.workspace(key) if key is not None else {"policyPreset": "host"}
+        runtime = workspace.get("runtime") or "host"
+        preset = workspace.get("policyPreset") or ("container" if runtime == "container" else "host")
+        profile = {"runtime": runtime, "policyPreset": preset, "generatedAt": now_ms(), **policy_summary(preset)}
+        named = {"workspaceId": key, "workspaceName": str(workspace.get("name"))} if key is not None else {}
+        return {"profile": {**profile, **named}}
 
     def _known_rules(self) -> list[Json]:
         """Rules as both apps read them, the newest first, without those of sessions and workspaces that are gone."""
@@ -7021,8 +6968,7 @@ class Api:
 
     async def policy_rules(self, request: Request) -> Json:
         scope, key = request.query.get("scope"), request.query.get("workspaceId")
-        if scope is not None and scope not in SCOPES[1:]:
-            raise BadRequest('scope must be one of: "session", "workspace", "global"')
+        require(scope is None or scope in SCOPES[1:], RULE_SCOPE_TEXT)
         rules = [rule for rule in self._known_rules() if scope in (None, rule["scope"])]
         if key is not None:
             self.workspace(key)
@@ -7032,19 +6978,15 @@ class Api:
 
     async def add_rule(self, request: Request) -> Reply:
         body = request.json()
-        scope = body.get("scope", "global")
-        if scope not in SCOPES[1:]:
-            raise BadRequest('scope must be one of: "session", "workspace", "global"')
-        if body.get("source", "manual") not in ("preset", "learned", "manual"):
-            raise BadRequest('source must be one of: "preset", "learned", "manual"')
-        rule: Json = {"id": new_id(12), "scope": scope, "source": body.get("source", "manual"), "createdAt": now_ms()}
+        scope, source = body.get("scope", "global"), body.get("source", "manual")
+        require(scope in SCOPES[1:], RULE_SCOPE_TEXT)
+        require(source in ("preset", "learned", "manual"), 'source must be one of: "preset", "learned", "manual"')
+        rule: Json = {"id": new_id(12), "scope": scope, "source": source, "createdAt": now_ms()}
         if scope != "global":
             name = scope + "Id"
-            if not _is_text(body.get(name)):
-                raise BadRequest(f"{name} is required for {scope} scope")
-            rule[name] = (
-                self.workspace(body[name])["id"] if scope == "workspace" else self.server.sessions.record(body[name])["id"]
-            )
+            require(_is_text(body.get(name)), f"{name} is required for {scope} scope")
+            find = self.workspace if scope == "workspace" else self.server.sessions.record
+            rule[name] = find(body[name])["id"]
         fields = {name: body[name] for name in RULE_FIELDS if body.get(name) is not None}
         rule = patched_rule(rule, {"decision": None, **fields})
         same = rule_conflict(rule, self._known_rules())
@@ -7053,15 +6995,12 @@ class Api:
         return Reply(201, {"rule": rule_view(same or rule)})
 
     def _stored_rule(self, key: str) -> Json:
-        rule = next((rule for rule in self.server.store.rules.now() if rule.get("id") == key), None)
-        if rule is None:
-            raise NotFound("Rule not found")
-        return rule
+        found = next((rule for rule in self.server.store.rules.now() if rule.get("id") == key), None)
+        return cast(Json, existing(found, "Rule not found"))
 
     async def change_rule(self, request: Request, key: str) -> Json:
         patch = {name: value for name, value in request.json().items() if name in RULE_FIELDS}
-        if not patch:
-            raise BadRequest("At least one patch field is required")
+        require(patch, "At least one patch field is required")
         rule = patched_rule(self._stored_rule(key), patch)
         rule_conflict(rule, [other for other in self._known_rules() if other["id"] != key])
         self.server.store.rules.change(key, rule)
@@ -7073,89 +7012,74 @@ class Api:
         return {"ok": True, "deleted": key}
 
     async def audit(self, request: Request) -> Json:
-        query, store = request.query, self.server.store
-        limit, before = query.get("limit", "50"), query.get("before", str(FOR_EVER_MS * 100))
-        if not re.fullmatch(r"\d{1,3}", limit) or not 1 <= int(limit) <= 500:
-            raise BadRequest("limit must be an integer between 1 and 500")
-        if not re.fullmatch(r"\d{1,18}", before) or not int(before):
-            raise BadRequest("before must be a positive integer timestamp")
-        if "sessionId" in query and query["sessionId"] not in store.sessions:
-            raise NotFound("Session not found")
-        if "workspaceId" in query:
-            self.workspace(query["workspaceId"])
-
-        def wanted(entry: Json) -> bool:
-            own = all(entry.get(name) == query[name] for name in ("sessionId", "workspaceId") if name in query)
-            return own and whole(entry.get("timestamp")) < int(before)
-
-        work = functools.partial(store.audit.entries, int(limit), wanted)
-        entries: list[Json] = await asyncio.get_running_loop().run_in_executor(None, work)
+        limit, before = request.query.get("limit", "50"), request.query.get("before", str(FOR_EVER_MS * 100))
+        good = re.fullmatch(r"\d{1,3}", limit) and 1 <= int(limit) <= 500
+        require(good, "limit must be an integer between 1 and 500")
+        require(re.fullmatch(r"\d{1,18}", before) and int(before), "before must be a positive integer timestamp")
+        own, end, read = self._wanted(request), int(before), self.server.store.audit.entries
+        entries: list[Json] = await asyncio.get_running_loop().run_in_executor(
+            None, read, int(limit), lambda entry: own(entry) and whole(entry.get("timestamp")) < end
+        )
         return {"entries": [{"risk": "low", "layer": "", "displaySummary": "", **entry} for entry in entries]}
 
     async def fallback(self, request: Request) -> Json:
         return {"fallback": fallback_of(obj(self.server.settings["policy"]))}
 
     async def change_fallback(self, request: Request) -> Json:
+        stored = {"allow": "allow", "ask": "ask", "deny": "block", "block": "block", "denied": "block"}
         wanted = request.json().get("fallback")
-        if not _is_text(wanted) or wanted not in (*ACTIONS, "block", "denied"):
-            raise BadRequest('fallback must be one of "allow", "ask", "deny"')
-        self.server.configure({"policy.fallback": "block" if wanted in ("deny", "block", "denied") else wanted})
+        require(isinstance(wanted, str) and wanted in stored, 'fallback must be one of "allow", "ask", "deny"')
+        self.server.configure({"policy.fallback": stored[str(wanted)]})
         return await self.fallback(request)
 
     # sockets
 
     def socket_route(self, request: Request) -> tuple[str, str]:
         """(dialect, session id or "") of an upgrade.  Raises NotFound, or Forbidden for a foreign origin."""
-        origin = request.headers.get("origin")
-        if origin is not None and origin.lower() not in ("http://" + request.headers["host"].lower(),):
+        origin, parts = request.headers.get("origin"), request.parts
+        if origin is not None and origin.lower() != "http://" + request.headers["host"].lower():
             raise Forbidden("Origin not allowed")
-        if request.parts == ["stream"]:
+        if parts == ["stream"]:
             return "1.1", ""
-        parts = request.parts
-        if len(parts) == 5 and (parts[0], parts[2], parts[4]) == ("workspaces", "sessions", "stream"):
+        if len(parts) == 5 and parts[::2] == ["workspaces", "sessions", "stream"]:
             self.session(parts[1], parts[3])
             return "1.0", parts[3]
         raise NotFound("Not found")
 
-    def connected(self, client: Socket) -> None:
+    def connected(self, client: Client) -> None:
         """Bootstrap of a fresh socket."""
         self.server.hub.clients.add(client)
         if client.dialect == "1.1":
             client.deliver({"type": "stream_connected", "userName": short_host()})
             client.ready.set()
-            return
-        record = self.server.store.sessions[client.session_id]
-        client.deliver(self._connected(record))
-        task = asyncio.ensure_future(self._begin(client))
-        client.tasks.add(task)
-        task.add_done_callback(client.tasks.discard)
+        else:
+            client.deliver(self._connected(self.server.store.sessions[client.session_id]))
+            client.spawn(self._begin(client))
 
     def _connected(self, record: Json) -> Json:
-        session_id = record["id"]
-        frame = {"type": "connected", "session": session_wire(record), "sessionId": session_id}
-        return {**frame, "currentSeq": self.server.sessions.seq(session_id)}
+        return {**_session_frame("connected", record), "currentSeq": self.server.sessions.seq(record["id"])}
 
-    async def _begin(self, client: Socket) -> None:
+    async def _begin(self, client: Client) -> None:
         """Start the session of a per-session socket.  After a failure the socket stays open, so that
         the app does not reconnect and start again every second."""
         try:
             live = await self.server.sessions.start(client.session_id)
-            client.deliver({"type": "state", "session": session_wire(live.record), "sessionId": live.id})
+            client.deliver(_session_frame("state", live.record))
             for pending in self.server.approvals.pending.values():
                 client.deliver(pending.wire)
             self._subscribe(client, live)
         except Exception as error:
-            code = {"code": error.code} if isinstance(error, OppiError) and error.code else {}
-            client.deliver({"type": "error", "error": str(error), "fatal": True, "sessionId": client.session_id, **code})
+            failure = {"type": "error", "error": str(error), "fatal": True, **_code_of(error)}
+            client.deliver({**failure, "sessionId": client.session_id})
         client.ready.set()
 
-    def _subscribe(self, client: Socket, live: LiveSession) -> None:
+    def _subscribe(self, client: Client, live: LiveSession) -> None:
         live.flush()
         client.subscriptions[live.id] = "full"
         for dialog in live.questions():
             client.deliver(dialog)
 
-    async def message(self, client: Socket, data: bytes) -> None:
+    async def message(self, client: Client, data: bytes) -> None:
         """Handle one message of a phone.  Whatever is wrong with it gets an answer."""
         body: Json = {}
         try:
@@ -7174,114 +7098,99 @@ class Api:
             body = parse_json(data)
         except ValueError:
             raise BadRequest("Invalid JSON payload") from None
-        if not isinstance(body, dict):
-            raise BadRequest("Message payload must be a JSON object")
-        if not _is_text(body.get("type")):
-            raise BadRequest("Message type is required", "no_type")
-        if "requestId" in body and not isinstance(body["requestId"], str):
+        require(isinstance(body, dict), "Message payload must be a JSON object")
+        require(_is_text(body.get("type")), "Message type is required")
+        if not isinstance(body.get("requestId", ""), str):
             del body["requestId"]
-        return body
+        return cast(Json, body)
 
-    def _failed(self, client: Socket, body: Json, text: str, code: str = "") -> None:
-        """Tell a phone that its message failed: a failed result if it asked for one, else an error."""
+    def _failed(self, client: Client, body: Json, text: str, code: str = "") -> None:
+        """Tell a phone that its message failed: a failed result if it asked for one, else an error.
+        A failed subscribe gets a result even without a requestId."""
         session_id = body.get("sessionId") if client.dialect == "1.1" else client.session_id
         tag = {"sessionId": session_id} if isinstance(session_id, str) and session_id else {}
-        request_id = body.get("requestId")
-        answered = bool(request_id) or (client.dialect == "1.1" and body.get("type") in RESULT_ONLY)
+        answered = body.get("requestId") or (client.dialect == "1.1" and body.get("type") == "subscribe")
         if answered:
-            client.deliver({**result(str(body["type"]), _request_of(body), None, text), **tag})
+            client.deliver({**_result_of(body, error=text), **tag})
         if not answered or code == "stream_not_subscribed_full":
-            named = {"code": code} if code and code != "no_type" else {}
-            client.deliver({"type": "error", "error": text, **named, **tag})
+            client.deliver({"type": "error", "error": text, **({"code": code} if code else {}), **tag})
 
-    async def _dispatch(self, client: Socket, body: Json) -> None:
+    async def _dispatch(self, client: Client, body: Json) -> None:
         kind = body["type"]
         if kind in ("subscribe", "unsubscribe"):
-            if client.dialect == "1.0":
-                raise BadRequest(f"Stream subscriptions are only supported on /stream (received {kind})")
+            require(client.dialect == "1.1", f"Stream subscriptions are only supported on /stream (received {kind})")
             await (self._on_subscribe if kind == "subscribe" else self._on_unsubscribe)(client, body)
         elif kind == "permission_response":
             self._on_permission(client, body)
         else:
             while body.get("sessionId") in client.subscribing:  # what follows a subscribe on its heels waits for it
                 await client.subscribing[body["sessionId"]].wait()
-            session_id = self._addressed(client, body)
-            await self._session_command(client, session_id, body)
+            await self._session_command(client, self._addressed(client, body), body)
 
-    def _addressed(self, client: Socket, body: Json) -> str:
+    def _addressed(self, client: Client, body: Json) -> str:
         """The session a message is for.  Raises the routing errors of the stream."""
         if client.dialect == "1.0":
             return client.session_id
-        kind, session_id = body["type"], body.get("sessionId")
-        if not _is_text(session_id):
-            raise BadRequest(f"sessionId is required for {kind} on /stream")
-        if session_id not in self.server.store.sessions:
-            raise NotFound(f"Session not found: {session_id}")
+        session_id = body.get("sessionId")
+        require(_is_text(session_id), f"sessionId is required for {body['type']} on /stream")
+        self.server.sessions.record(str(session_id))
         if client.level(str(session_id)) != "full":
             raise Conflict(f"Session {session_id} is not subscribed at level=full", "stream_not_subscribed_full")
         return str(session_id)
 
-    async def _on_subscribe(self, client: Socket, body: Json) -> None:
+    async def _on_subscribe(self, client: Client, body: Json) -> None:
         session_id, level, since = body.get("sessionId"), body.get("level") or "full", body.get("sinceSeq")
-        if not _is_text(session_id):
-            raise BadRequest("sessionId is required for subscribe on /stream")
+        require(_is_text(session_id), "sessionId is required for subscribe on /stream")
         now = time.monotonic()
         if len(client.subscribed_at) == 30 and now - client.subscribed_at[0] < 5:
             raise TooManyRequests("Subscribe rate limit exceeded — try again later")
         client.subscribed_at.append(now)
-        if level not in ("full", "notifications"):
-            raise BadRequest('level must be "full" or "notifications"')
-        if since is not None and (not _is_int(since) or since < 0):
-            raise BadRequest("sinceSeq must be a non-negative integer")
+        require(level in ("full", "notifications"), 'level must be "full" or "notifications"')
+        require(since is None or (_is_int(since) and since >= 0), "sinceSeq must be a non-negative integer")
         record = self.server.sessions.record(str(session_id))
         done = client.subscribing.setdefault(record["id"], asyncio.Event())
         try:
             live = self.server.sessions.active.get(record["id"])
             if level == "full":
                 live = await self.server.sessions.start(record["id"])
-            self._bootstrap(client, record, live, level, since, body)
+            self._bootstrap(client, record, live, body)
         finally:
             client.subscribing.pop(record["id"], None)
             done.set()
 
-    def _bootstrap(self, client: Socket, record: Json, live: LiveSession | None, level: str, since: Any, body: Json) -> None:
+    def _bootstrap(self, client: Client, record: Json, live: LiveSession | None, body: Json) -> None:
         """The frames of a subscription, with nothing in between."""
-        key = record["id"]
+        key, level, since = record["id"], body.get("level") or "full", body.get("sinceSeq")
         if live:
             live.flush()
+        current = self.server.sessions.seq(key)
         if level == "full":
             client.deliver(self._connected(record))
-        client.deliver({"type": "state", "session": session_wire(record), "sessionId": key})
-        current = self.server.sessions.seq(key)
-        complete = since is None or since == current
-        if since is not None and live:
-            events, complete = live.log.since(since)
-            for event in events:
-                if level == "full" or event["type"] in NOTIFY:
-                    client.deliver(event)
-        for pending in self.server.approvals.pending.values():
-            if pending.session.id == key:
-                client.deliver(pending.wire)
+        client.deliver(_session_frame("state", record))
+        missed, complete = live.log.since(since) if live and since is not None else ([], since in (None, current))
+        waiting = [pending.wire for pending in self.server.approvals.pending.values() if pending.session.id == key]
+        for message in [event for event in missed if level == "full" or event["type"] in NOTIFY] + waiting:
+            client.deliver(message)
         client.subscriptions[key] = level
         if live and level == "full":
             self._subscribe(client, live)
         data = {"sessionId": key, "level": level, "currentSeq": current, "catchUpComplete": complete}
-        client.deliver({**result("subscribe", _request_of(body), data), "sessionId": key})
+        client.deliver({**_result_of(body, data), "sessionId": key})
 
-    async def _on_unsubscribe(self, client: Socket, body: Json) -> None:
-        session_id = str(body.get("sessionId") or "")
-        client.subscriptions.pop(session_id, None)
-        client.deliver({**result("unsubscribe", _request_of(body), {"sessionId": session_id}), "sessionId": session_id})
+    async def _on_unsubscribe(self, client: Client, body: Json) -> None:
+        tag = {"sessionId": str(body.get("sessionId") or "")}
+        client.subscriptions.pop(tag["sessionId"], None)
+        client.deliver({**_result_of(body, tag), **tag})
 
-    def _on_permission(self, client: Socket, body: Json) -> None:
+    def _on_permission(self, client: Client, body: Json) -> None:
         key = body.get("id")
         if not isinstance(key, str):
             raise NotFound(f"Permission request not found: {key}")
         self.server.approvals.answer(key, body.get("action"), body.get("scope"), body.get("expiresInMs"), client)
         if client.dialect == "1.1" and body.get("requestId"):
-            client.deliver(result("permission_response", _request_of(body), {"id": key}))
+            client.deliver(_result_of(body, {"id": key}))
 
-    async def _session_command(self, client: Socket, session_id: str, body: Json) -> None:
+    async def _session_command(self, client: Client, session_id: str, body: Json) -> None:
         kind = body["type"]
         live = self.server.sessions.active.get(session_id)
 
@@ -7294,9 +7203,9 @@ class Api:
             elif live:
                 live.stop()
             if body.get("requestId"):
-                reply(result(kind, _request_of(body)))
+                reply(_result_of(body))
         elif kind == "get_state":
-            reply({"type": "state", "session": session_wire(self.server.sessions.record(session_id))})
+            reply(_session_frame("state", self.server.sessions.record(session_id)))
         elif kind not in KNOWN or (kind == "bash" and client.dialect == "1.1"):
             raise BadRequest(f"Unsupported command type: {kind}")
         elif kind in TURN_COMMANDS:
@@ -7309,25 +7218,25 @@ class Api:
             queue = await live.change_queue(body) if kind == "set_queue" else live.queue
             reply({"type": "queue_state", "queue": queue})
             if body.get("requestId"):
-                reply(result(kind, _request_of(body), queue))
+                reply(_result_of(body, queue))
         else:
             await self._pass(live, body)
 
     async def _pass(self, live: LiveSession, body: Json) -> None:
         """Forward one of pi's own commands and tell every subscriber the result."""
-        kind, request = body["type"], _request_of(body)
+        kind, row = body["type"], PASS[body["type"]]
+        states: list[Json] = []
         try:
-            data = await live.pi.request(self._pass_command(live, body), PASS[kind].limit_s)
-            after, states = PASS[kind].after, cast("list[Json]", [])
-            if after:
-                data, states = await getattr(self, after)(live, data, body)
-            answer = result(kind, request, data)
+            data = await live.pi.request(self._pass_command(live, body), row.limit_s)
+            if row.after:
+                data, states = await getattr(self, row.after)(live, data, body)
+            answer = _result_of(body, data)
             if len(encode(answer)) > PHONE_LIMIT:
                 raise PiFailed(f"The answer to {kind} is too large for a phone")
-            frames = [STATE, answer] if after == "_after_switch" else [answer, *states]
+            frames = [STATE, answer] if row.after == "_after_switch" else [answer, *states]
         except OppiError as error:
             text = "Already compacted" if re.search("already compacted", str(error), re.I) else str(error)
-            frames = [result(kind, request, None, text)]
+            frames = [_result_of(body, error=text)]
         for frame in frames:
             live.emit(frame)
 
@@ -7340,13 +7249,11 @@ class Api:
         command: Json = {"type": kind}
         for name, wanted in {**row.required, **row.optional}.items():
             value = body.get(name)
-            if value is None and name in row.optional:
-                continue
-            if not isinstance(value, wanted):
-                raise BadRequest(f"{name} must be a {'boolean' if wanted is bool else 'string'}")
-            if name in CHOICES and value not in CHOICES[name]:
-                raise BadRequest(f"{name} must be one of: {', '.join(CHOICES[name])}")
-            command[name] = value
+            if value is not None or name in row.required:
+                require(isinstance(value, wanted), f"{name} must be a {'boolean' if wanted is bool else 'string'}")
+                choices = CHOICES.get(name, (value,))
+                require(value in choices, f"{name} must be one of: {', '.join(map(str, choices))}")
+                command[name] = value
         if kind == "switch_session":
             self._check_switch(live, command["sessionPath"])
         if kind == "fork":
@@ -7355,11 +7262,9 @@ class Api:
 
     def _check_switch(self, live: LiveSession, path: str) -> None:
         """Only files of this very session: P73 overwrites whatever else it is pointed at."""
-        real = os.path.realpath(path)
+        real, folder = os.path.realpath(path), os.path.realpath(self.server.store.path("pi", live.id))
         own = [os.path.realpath(f) for f in live.record.get("piSessionFiles") or []]
-        if real not in own and not (
-            inside(real, os.path.realpath(self.server.store.path("pi", live.id))) and real.endswith(".jsonl")
-        ):
+        if real not in own and not (inside(real, folder) and real.endswith(".jsonl")):
             raise Forbidden("Not a file of this session")
         if not os.path.isfile(real):
             raise NotFound("Session file not found")
@@ -7381,7 +7286,7 @@ class Api:
         if level in THINKING_LEVELS and level != live.record.get("thinkingLevel"):
             await live.pi.request({"type": "set_thinking_level", "level": level})
         await live.refresh()
-        return ({**data, "model": safe_model(model)} if "model" in (data or {}) else safe_model(model)), [STATE]
+        return ({**data, "model": safe_model(model)} if "model" in data else safe_model(model)), [STATE]
 
     async def _after_thinking(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
         """The level pi really took: it lowers what the model cannot do without saying so."""
@@ -7424,47 +7329,17 @@ def _request_of(body: Json) -> Json:
     return {"requestId": body["requestId"]} if body.get("requestId") else {}
 
 
-TURN_COMMANDS = ("prompt", "steer", "follow_up")
-KNOWN = frozenset((*TURN_COMMANDS, "extension_ui_response", "get_queue", "set_queue", *PASS))
-RESULT_ONLY = frozenset(("subscribe",))  # these fail with a result even without a requestId
-ROUTES = (
-    ("*", "/health", "health"),
-    ("POST", "/pair", "pair"),
-    ("GET", "/me", "me"),
-    ("GET", "/server/info", "server_info"),
-    ("GET", "/security/profile", "security_profile"),
-    ("PUT", "/security/profile", "change_security"),
-    ("POST", "/me/device-token", "push_token"),
-    ("DELETE", "/me/device-token", "push_token"),
-    ("GET", "/models", "models"),
-    ("GET", "/skills", "skills"),
-    ("GET", "/workspaces", "workspaces"),
-    ("POST", "/workspaces", "create_workspace"),
-    ("GET", "/workspaces/:wid", "show_workspace"),
-    ("PUT", "/workspaces/:wid", "change_workspace"),
-    ("DELETE", "/workspaces/:wid", "delete_workspace"),
-    ("GET", "/sessions", "all_sessions"),
-    ("GET", "/workspaces/:wid/sessions", "sessions"),
-    ("POST", "/workspaces/:wid/sessions", "create_session"),
-    ("GET", "/workspaces/:wid/sessions/:sid", "session_detail"),
-    ("DELETE", "/workspaces/:wid/sessions/:sid", "delete_session"),
-    ("GET", "/local-sessions", "local_sessions"),
-    ("POST", "/workspaces/:wid/sessions/:sid/fork", "fork_session"),
-    ("GET", "/workspaces/:wid/sessions/:sid/events", "events"),
-    ("POST", "/workspaces/:wid/sessions/:sid/stop", "stop_session"),
-    ("POST", "/workspaces/:wid/sessions/:sid/resume", "resume_session"),
-    ("GET", "/workspaces/:wid/sessions/:sid/tool-output/:call", "tool_output"),
-    ("GET", "/permissions/pending", "pending"),
-    ("POST", "/permissions/:id/respond", "answer_permission"),
-    ("GET", "/policy/profile", "policy_profile"),
-    ("GET", "/policy/rules", "policy_rules"),
-    ("POST", "/policy/rules", "add_rule"),
-    ("PATCH", "/policy/rules/:id", "change_rule"),
-    ("DELETE", "/policy/rules/:id", "drop_rule"),
-    ("GET", "/policy/audit", "audit"),
-    ("GET", "/policy/fallback", "fallback"),
-    ("PATCH", "/policy/fallback", "change_fallback"),
-)
+def _result_of(body: Json, data: Any = None, error: str = "") -> Json:
+    """The result of a phone's message."""
+    return result(str(body["type"]), _request_of(body), data, error)
+
+
+def _code_of(error: Exception) -> Json:
+    return {"code": error.code} if isinstance(error, OppiError) and error.code else {}
+
+
+def _session_frame(kind: str, record: Json) -> Json:
+    return {"type": kind, "session": session_wire(record), "sessionId": record["id"]}
 
 
 # ════════════════════════════════════════ 18. Server ═════════════════════════════════════
