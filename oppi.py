@@ -49,6 +49,32 @@ Map: 1 errors and small tools, 2 settings, 3 identity, 4 shell grammar, 5 policy
 
 from __future__ import annotations
 
+import sys
+
+# The syntax tree of a script stays in memory (15 MB) as long as it runs.  So a server starts over as a module, before
+# anything else is executed: the new process reads the finished code of this file from an open file that has no name.
+# It searches for modules where this one does: those of the folder it is started in would be somebody else's code.
+if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"]):
+    import marshal
+    import os
+
+    _path = f"{os.environ.get('TMPDIR') or '/tmp'}/oppi-{os.urandom(16).hex()}"
+    try:
+        with open(os.open(_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b") as _file:
+            os.unlink(_path)
+            _file.write(marshal.dumps(sys._getframe().f_code))
+            _file.seek(0)
+            os.set_inheritable(_file.fileno(), True)
+            _start = (
+                f"import sys; sys.path[:] = {sys.path!r}; import marshal, types; "
+                "oppi = sys.modules['oppi'] = types.ModuleType('oppi'); "
+                f"oppi.__file__ = {os.path.abspath(__file__)!r}; "
+                f"exec(marshal.loads(open({_file.fileno()}, 'rb').read()), vars(oppi)); oppi.run()"
+            )
+            os.execv(sys.executable, [sys.executable, "-c", _start, *sys.argv[1:]])
+    except OSError:
+        pass  # no room for a file: then it runs as it is
+
 import contextlib
 import functools
 import itertools
@@ -56,7 +82,6 @@ import json
 import math
 import posixpath
 import re
-import sys
 import time
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, cast
@@ -7847,25 +7872,5 @@ def run() -> None:
     sys.exit(main())
 
 
-def restart_as_module(code: Any) -> None:
-    """Start over as a module.  The syntax tree of a script stays in memory (15 MB) as long as it runs, and
-    compiling takes 60 ms: so the new process gets the finished `code` of this file through an open file."""
-    import marshal
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        file.write(marshal.dumps(code))
-        file.seek(0)
-        os.set_inheritable(file.fileno(), True)
-        start = (
-            "import marshal, sys, types; oppi = sys.modules['oppi'] = types.ModuleType('oppi'); "
-            f"oppi.__file__ = {os.path.abspath(__file__)!r}; "
-            f"exec(marshal.load(open({file.fileno()}, 'rb')), vars(oppi)); oppi.run()"
-        )
-        os.execv(sys.executable, [sys.executable, "-c", start, *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["serve"], ["start"]):
-        restart_as_module(sys._getframe().f_code)
     run()
