@@ -58,20 +58,20 @@ if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"]):
     import marshal
     import os
 
-    _path = f"{os.environ.get('TMPDIR') or '/tmp'}/oppi-{os.urandom(16).hex()}"
+    _code_path = f"{os.environ.get('TMPDIR') or '/tmp'}/oppi-{os.urandom(16).hex()}"
     try:
-        with open(os.open(_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b") as _file:
-            os.unlink(_path)
-            _file.write(marshal.dumps(sys._getframe().f_code))
-            _file.seek(0)
-            os.set_inheritable(_file.fileno(), True)
-            _start = (
+        with open(os.open(_code_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b") as _code_file:
+            os.unlink(_code_path)
+            _code_file.write(marshal.dumps(sys._getframe().f_code))
+            _code_file.seek(0)
+            os.set_inheritable(_code_file.fileno(), True)
+            _code_runner = (
                 f"import sys; sys.path[:] = {sys.path!r}; import marshal, types; "
                 "oppi = sys.modules['oppi'] = types.ModuleType('oppi'); "
                 f"oppi.__file__ = {os.path.abspath(__file__)!r}; "
-                f"exec(marshal.loads(open({_file.fileno()}, 'rb').read()), vars(oppi)); oppi.run()"
+                f"exec(marshal.loads(open({_code_file.fileno()}, 'rb').read()), vars(oppi)); oppi.run()"
             )
-            os.execv(sys.executable, [sys.executable, "-c", _start, *sys.argv[1:]])
+            os.execv(sys.executable, [sys.executable, "-c", _code_runner, *sys.argv[1:]])
     except OSError:
         pass  # no room for a file: then it runs as it is
 
