@@ -55,7 +55,8 @@ def test_the_one_exception_starts_over_and_does_nothing_else() -> None:
     assert {name for node in inside for name in imported(node)} == {"marshal", "os"}
     assert called(inside) == {
         "os.environ.get", "os.urandom", "os.urandom(16).hex", "os.open", "open", "os.unlink", "marshal.dumps",
-        "sys._getframe", "_code_file.write", "_code_file.seek", "_code_file.fileno", "os.set_inheritable", "os.path.abspath", "os.execv",
+        "sys._getframe", "_code_file.write", "_code_file.seek", "_code_file.fileno", "os.set_inheritable",
+        "os.path.abspath", "os.execv",
     }  # fmt: skip
 
 
