@@ -422,30 +422,27 @@ class Settings:
 
     def __getitem__(self, path: str) -> Any:
         """Value of a dotted path.  Raises KeyError when it is unknown."""
-        key = KEY_BY_PATH[path]
-        found, value = self._stored(path)
-        if not found and path == "sessionIdleTimeoutMs":
-            found, value = self._stored("sessionTimeout")
+        key, value = KEY_BY_PATH[path], get_path(self.raw, path)
+        if value is None and path == "sessionIdleTimeoutMs":
+            value = self.raw.get("sessionTimeout")
         if path == "security.profile" and value == "legacy":
             return PROFILES[0]
-        return value if found and not CHECKS[key.kind](key, value) else key.default
-
-    def _stored(self, path: str) -> tuple[bool, Any]:
-        node: Any = self.raw
-        for name in path.split("."):
-            if not isinstance(node, dict) or name not in node:
-                return False, None
-            node = node[name]
-        return True, node
+        return key.default if CHECKS[key.kind](key, value) else value
 
     def effective(self) -> Json:
-        """All settings with their values, nested as in the file; state only where it is stored."""
+        """All settings with their values, nested as in the file; state, which has no defaults, where it is stored."""
         result: Json = {}
         for key in KEYS:
-            value = self[key.path]
-            if value is not None and not (key.state and not self._stored(key.path)[0]):
+            if (value := self[key.path]) is not None:
                 put_path(result, key.path, value)
         return result
+
+
+def get_path(source: Any, path: str) -> Any:
+    """What stands at a dotted path of a nested object; None if there is nothing."""
+    for name in path.split("."):
+        source = obj(source).get(name)
+    return source
 
 
 def put_path(target: Json, path: str, value: Any) -> None:
@@ -483,7 +480,6 @@ def parse_setting(path: str, text: str) -> Any:
 # imported only to sign or to make a key: a fingerprint needs nothing but a hash.
 
 SPKI_ED25519 = bytes.fromhex("302a300506032b6570032100")  # fixed DER header before the 32 raw bytes
-INVITE_FIELDS = ("host", "port", "token", "name", "fingerprint", "securityProfile")
 WRONG_TRIES = 5  # wrong pairing tokens after which every outstanding v3 invite is dead
 PAIR_WINDOW_S, PAIR_BLOCK_S = 60, 120  # five failures of one address in the window block it so long
 PAIRING_TTL_S = 90  # life of an app 1.1 invite
@@ -547,7 +543,7 @@ def public_pem(private_pem: str) -> str:
 
 
 class Invite(NamedTuple):
-    """What an app needs to find and trust a server.  `port` 1-65535, the rest text."""
+    """What an app needs to find and trust a server, in the order it is signed.  `port` 1-65535, the rest text."""
 
     host: str
     port: int
@@ -560,7 +556,7 @@ class Invite(NamedTuple):
 def signing_input(envelope: Json) -> str:
     """The 13 lines an app 1.0 invite signs.  Raises ValueError for a control character in a value."""
     pairs = [(name, envelope[name]) for name in ("v", "alg", "kid", "iat", "exp", "nonce", "publicKey")]
-    pairs += [(name, envelope["payload"][name]) for name in INVITE_FIELDS]
+    pairs += [(name, envelope["payload"][name]) for name in Invite._fields]
     lines = [f"{name}={value}" for name, value in pairs]
     if any(ord(char) < 32 or ord(char) == 127 for line in lines for char in line):
         raise ValueError("control character in an invite")
@@ -3832,17 +3828,14 @@ class Store:
             for path, text in zip((private, public), generate_identity()):
                 write_file(path, text.encode())
         try:
-            print_ = self._fingerprint(private, public)
+            if not os.path.exists(public):
+                write_file(public, public_pem(read_text(private)).encode())
+            print_ = fingerprint(public_raw(read_text(public)))
         except (OSError, ValueError) as error:
             raise UsageError(f"The identity key {private} cannot be used: {error}") from None
         if print_ != known:
             self.change_config(lambda raw: put_path(raw, "identity.fingerprint", print_))
         return private, print_
-
-    def _fingerprint(self, private: str, public: str) -> str:
-        if not os.path.exists(public):
-            write_file(public, public_pem(read_text(private)).encode())
-        return fingerprint(public_raw(read_text(public)))
 
     def check_identity(self) -> None:
         """Make the identity if there is none.  Raises UsageError if the public key file is not the private key's."""
@@ -3853,7 +3846,7 @@ class Store:
             derived = public_raw(public_pem(read_text(private)))
         except ValueError:
             raise UsageError(f"The identity key {private} cannot be read as an Ed25519 key") from None
-        if os.path.exists(public) and self._fingerprint(private, public) != fingerprint(derived):
+        if os.path.exists(public) and public_raw(read_text(public)) != derived:
             raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
 
 
@@ -4128,14 +4121,15 @@ def read_env_file(path: str) -> dict[str, str]:
 
 def path_entries(settings: Settings, values: dict[str, str]) -> list[tuple[str, str]]:
     """(directory, where it comes from) of the PATH for pi, each once."""
-    entries = [(entry, "env file") for entry in values.get("PATH", "").split(":")]
-    for entry in (*settings["runtimePathEntries"], *WELL_KNOWN):
-        entries.append((os.path.expanduser(entry), "well-known"))
-    entries = [(entry, origin) for entry, origin in entries if origin == "env file" or os.path.isdir(entry)]
-    entries += [(entry, "inherited") for entry in os.environ.get("PATH", "").split(":")]
+    known = map(os.path.expanduser, (*settings["runtimePathEntries"], *WELL_KNOWN))
+    sources = {
+        "env file": values.get("PATH", "").split(":"),
+        "well-known": filter(os.path.isdir, known),
+        "inherited": os.environ.get("PATH", "").split(":"),
+    }
     origins: dict[str, str] = {}
-    for entry, origin in entries:
-        if entry:
+    for origin, entries in sources.items():
+        for entry in filter(None, entries):
             origins.setdefault(entry, origin)
     return list(origins.items())
 
@@ -4149,12 +4143,6 @@ def host_environment(settings: Settings, root: str) -> dict[str, str]:
     env["PATH"] = ":".join(entry for entry, _ in path_entries(settings, values))
     env.update(PI_SKIP_VERSION_CHECK="1", PI_TELEMETRY="0")
     return env
-
-
-def find_pi(env: dict[str, str]) -> str:
-    """The `pi` program: OPPI_PI_BIN if it exists, else the first on PATH, else ""."""
-    given = os.environ.get("OPPI_PI_BIN", "")
-    return given if given and os.path.exists(given) else shutil.which("pi", path=env["PATH"]) or ""
 
 
 def short_host() -> str:
@@ -4204,10 +4192,12 @@ class PiInfo:
         self.models: list[Json] = []
         self._asked: tuple[Any, ...] = ()
         self._models_at = -1e9
-        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._listing: asyncio.Task[None] | None = None
 
     def path(self) -> str:
-        return find_pi(self.environment())
+        """The `pi` program: OPPI_PI_BIN if it exists, else the first on PATH, else ""."""
+        given = os.environ.get("OPPI_PI_BIN", "")
+        return given if given and os.path.exists(given) else shutil.which("pi", path=self.environment()["PATH"]) or ""
 
     async def known_version(self) -> tuple[int, ...]:
         """Version of the installed pi; () if it cannot be told.  P73 prints it on stderr."""
@@ -4222,22 +4212,21 @@ class PiInfo:
 
     async def known_models(self) -> list[Json]:
         """The models; waits only if none were ever listed."""
-        if time.monotonic() - self._models_at > self.MODELS_AGE_S and "models" not in self._tasks:
-            self._tasks["models"] = asyncio.ensure_future(self._list_models())
-        if self._models_at < 0 and "models" in self._tasks:
-            await asyncio.shield(self._tasks["models"])
+        if time.monotonic() - self._models_at > self.MODELS_AGE_S and not self._listing:
+            self._listing = asyncio.ensure_future(self._list_models())
+        if self._models_at < 0 and self._listing:
+            await asyncio.shield(self._listing)
         return self.models
 
     async def _list_models(self) -> None:
         try:
-            path = self.path()
-            if path:
+            if path := self.path():
                 code, out, err = await run_program([path, "--list-models"], self.environment())
                 found = parse_models(out + "\n" + err)
                 self.models = found or ([] if code == 0 and "No models" in out + err else self.models)
             self._models_at = time.monotonic()
         finally:
-            self._tasks.pop("models", None)
+            self._listing = None
 
     def window(self, model: str) -> int:
         """Context window of a model in tokens, from the list or guessed."""
@@ -7397,9 +7386,7 @@ def config_show(store: Store, args: argparse.Namespace) -> int:
 
 def config_get(store: Store, args: argparse.Namespace) -> int:
     need(args.key, "config get KEY")
-    node: Any = store.settings().effective()
-    for name in args.key.split("."):
-        node = obj(node).get(name)
+    node = get_path(store.settings().effective(), args.key)
     if node is None:
         raise UsageError(f"Unknown key: {args.key}")
     return show(args, node, [node] if isinstance(node, str) else None)
