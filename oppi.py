@@ -3579,6 +3579,7 @@ def log(tag: str, text: str) -> None:
 # agree at once.  Unknown keys survive every rewrite.
 
 AUDIT_LIMIT = 10 * 1024 * 1024  # bytes, then the file is rotated
+AUDIT_TAIL = 1024 * 1024  # bytes in which its last line is looked for at the start
 
 
 def make_private(path: str) -> None:
@@ -3927,7 +3928,8 @@ class AuditLog:
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "r+b") as file:
             size = file.seek(0, os.SEEK_END)
-            tail = self._tail(file, size)
+            file.seek(max(0, size - (AUDIT_TAIL if self._head is None else 1)))  # all that counts later is the line end
+            tail: bytes = next(iter(deque(file, 1)), b"")
             self._head = self._resumed(tail) if self._head is None else self._head
             line = encode({**entry, "prev": self._head})
             file.write((b"\n" if tail and not tail.endswith(b"\n") else b"") + line + b"\n")
@@ -3937,12 +3939,6 @@ class AuditLog:
             file.write(self._head.encode())
         if size + len(line) >= AUDIT_LIMIT:
             os.replace(self.path, self.path + ".1")
-
-    @staticmethod
-    def _tail(file: Any, size: int) -> bytes:
-        """The last line, with the line end it may have."""
-        file.seek(max(0, size - 1024 * 1024))
-        return bytes(next(iter(deque(file, 1)), b""))
 
     def _resumed(self, tail: bytes) -> str:
         """The hash to go on from: that of audit.head, or of the last line if a crash came between the two."""
@@ -3963,8 +3959,7 @@ class AuditLog:
 
     def lines(self, path: str) -> Iterator[bytes]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            for line in file:
-                yield line.rstrip(b"\n")
+            yield from (line.rstrip(b"\n") for line in file)
 
     def entries(self, limit: int, wanted: Callable[[Json], bool]) -> list[Json]:
         """The newest entries of the current file, the newest first."""
