@@ -3826,8 +3826,10 @@ class Store:
             if not create:
                 return "", ""
             make_private(os.path.dirname(private))
-            for path, text in zip((private, public), generate_identity()):
-                write_file(path, text.encode())
+            with self.locked():
+                if not os.path.exists(private):  # another command may have been faster
+                    for path, text in zip((private, public), generate_identity()):
+                        write_file(path, text.encode())
         try:
             if not os.path.exists(public):
                 write_file(public, public_pem(read_text(private)).encode())
