@@ -75,6 +75,7 @@ if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"]):
     except OSError:
         pass  # no room for a file: then it runs as it is
 
+import calendar
 import contextlib
 import functools
 import itertools
@@ -3315,6 +3316,17 @@ def build_trace(entries: Sequence[Json], view: str = "context") -> list[Json]:
     return events
 
 
+def iso_time(ms: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ms / 1000)) + f".{ms % 1000:03d}Z"
+
+
+def iso_ms(value: Any) -> int:
+    """Milliseconds of an ISO time in UTC, 0 for anything else."""
+    match = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{3}))?", str(value))
+    parts = [int(part or 0) for part in match.groups()] if match else [1970, 1, 1, 0, 0, 0, 0]
+    return calendar.timegm((*parts[:6], 0, 0, 0)) * 1000 + parts[6]
+
+
 def _iso(value: Any) -> str:
     """A time with milliseconds: app 1.0 cannot read one without."""
     match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?", str(value))
@@ -3445,40 +3457,59 @@ class SessionLog:
 
 
 class Turn(NamedTuple):
-    """A turn command that was accepted: what it was, how far it got, and when it was last asked about."""
+    """A turn command that was accepted at `at` and last asked about at `asked` (ms).  `payload` is what pi is sent,
+    kept until pi's own file holds the message; `named` says that the phone gave the id."""
 
     command: str
     content: str  # hash over command and payload
-    stage: str
     at: int
     text: str = ""
+    payload: Json | None = None
+    named: bool = True
+    stage: str = "accepted"
+    asked: int = 0
 
 
 STAGES = ("accepted", "dispatched", "started")
 
 
 class TurnCache:
-    """Answers to repeated `clientTurnId`s, so that one id is one turn.  Times are ms."""
+    """Answers to repeated `clientTurnId`s, so that one id is one turn, and the turns that pi's file does
+    not hold yet, which are never forgotten.  Times are ms."""
 
-    def __init__(self) -> None:
+    def __init__(self, stored: Sequence[Any] = ()) -> None:
         self.turns: OrderedDict[str, Turn] = OrderedDict()
+        for item in stored:
+            with contextlib.suppress(TypeError, KeyError):  # what it cannot be is nothing that was accepted
+                turn = Turn(**{name: item[name] for name in Turn._fields})
+                if turn.stage in STAGES and isinstance(turn.payload, (dict, type(None))):
+                    self.turns[item["id"]] = turn
+
+    def stored(self) -> list[Json]:
+        """What the constructor takes."""
+        return [{"id": key, **turn._asdict()} for key, turn in self.turns.items()]
 
     def known(self, turn_id: str, command: str, content: str, now: int) -> Turn | None:
         """The turn this id stands for.  Raises Conflict when it stands for another one."""
-        for old in [key for key, turn in self.turns.items() if turn.at < now - TURN_TTL_MS]:
+        fresh = now - TURN_TTL_MS
+        for old in [k for k, t in self.turns.items() if t.payload is None and max(t.at, t.asked) < fresh]:
             del self.turns[old]
         turn = self.turns.get(turn_id)
         if turn and (turn.command, turn.content) != (command, content):
             raise Conflict(f"clientTurnId conflict: {turn_id}")
         if turn:
-            self.turns[turn_id] = turn._replace(at=now)
+            self.turns[turn_id] = turn._replace(asked=now)
             self.turns.move_to_end(turn_id)
         return turn
 
-    def add(self, turn_id: str, command: str, content: str, now: int, text: str) -> None:
-        self.turns[turn_id] = Turn(command, content, "accepted", now, text)
-        while len(self.turns) > TURNS:
-            self.turns.popitem(last=False)
+    def add(self, turn_id: str, turn: Turn) -> None:
+        """Raises Conflict when so many are held that none can be forgotten for this one."""
+        spare = next((key for key, known in self.turns.items() if known.payload is None), "")
+        if len(self.turns) >= TURNS and not spare:
+            raise Conflict("Too many messages wait for pi")
+        self.turns[turn_id] = turn
+        if len(self.turns) > TURNS:
+            del self.turns[spare]
 
     def advance(self, turn_id: str, stage: str) -> bool:
         """Move a turn forward; whether it had not been there yet."""
@@ -3488,12 +3519,56 @@ class TurnCache:
         self.turns[turn_id] = turn._replace(stage=stage)
         return True
 
-    def starting(self, prompt: bool, text: str = "") -> tuple[str, Turn] | None:
-        """The dispatched turn that now begins: the newest prompt, or the oldest queued one with this text."""
+    def starting(self, prompt: bool, text: str = "") -> str:
+        """Id of the dispatched turn that now begins, or "": the newest prompt, or the oldest with this text."""
         waiting = [(key, turn) for key, turn in self.turns.items() if turn.stage == "dispatched"]
         if prompt:
-            return next((item for item in reversed(waiting) if item[1].command == "prompt"), None)
-        return next((item for item in waiting if item[1].command != "prompt" and item[1].text == text), None)
+            return next((key for key, turn in reversed(waiting) if turn.command == "prompt"), "")
+        return next((key for key, turn in waiting if turn.text == text), "")
+
+    def held(self) -> dict[str, Turn]:
+        return {key: turn for key, turn in self.turns.items() if turn.payload is not None}
+
+    def release(self, turn_ids: Iterable[str]) -> bool:
+        """Hold these no longer; whether any was held."""
+        known = [key for key in turn_ids if key in self.turns and self.turns[key].payload is not None]
+        for key in known:
+            self.turns[key] = self.turns[key]._replace(payload=None)
+        return bool(known)
+
+
+CLOCK_MS = 2000  # by how much pi's clock, in a container, may be behind
+
+
+def user_texts(entries: Iterable[Json]) -> list[tuple[str, int]]:
+    """(text, time in ms) of the user messages among entries of a session file."""
+    messages = [obj(e.get("message")) for e in entries if e.get("type") == "message"]
+    return [(block_text(m.get("content")), whole(m.get("timestamp"))) for m in messages if m.get("role") == "user"]
+
+
+def delivered(held: dict[str, Turn], texts: Sequence[tuple[str, int]]) -> list[str]:
+    """Which of the held turns pi's file holds.  A message stands for one turn, made before it; what begins
+    with a slash was perhaps expanded by pi, so for that one the time must do."""
+    left, found = list(texts), []
+    for key, turn in held.items():
+        for item in left:
+            text, at = item
+            if at >= turn.at - CLOCK_MS and (text == turn.text or turn.text.startswith("/")):
+                left.remove(item)
+                found.append(key)
+                break
+    return found
+
+
+def held_events(held: dict[str, Turn], entries: Iterable[Json]) -> list[Json]:
+    """Trace events of the turns that were accepted, but are not in pi's file."""
+    known = delivered(held, user_texts(entries))
+    events: list[Json] = []
+    for key, turn in held.items():
+        if key not in known:
+            text = "\n".join(filter(None, (turn.text, *data_uris(obj(turn.payload).get("images")))))
+            events.append({"id": f"held-{key}", "type": "user", "text": text, "timestamp": iso_time(turn.at)})
+    return events
 
 
 class Outbox:
@@ -3650,7 +3725,7 @@ class Store:
     def prepare(self) -> None:
         """Create what is missing.  Raises UsageError when the directory cannot be used."""
         try:
-            for name in ("", "sessions", "workspaces"):
+            for name in ("", "sessions", "workspaces", "turns"):
                 make_private(self.path(name))
         except OSError as error:
             raise UsageError(f"Cannot use the data directory {self.root}: {error.strerror}") from None
@@ -3782,6 +3857,14 @@ class Store:
             write_file(path, pretty({**self._read(path), "session": json.loads(text)}))
 
         return self.background(work)
+
+    def read_turns(self, session_id: str) -> list[Any]:
+        """Turns of a session as they were saved."""
+        return arr(obj(self._read(self.path("turns", session_id + ".json"))).get("turns"))
+
+    def save_turns(self, session_id: str, turns: list[Json]) -> Any:
+        data = encode({"turns": turns})
+        return self.background(lambda: write_file(self.path("turns", session_id + ".json"), data))
 
     def save_workspace(self, record: Json) -> Any:
         data = pretty(record)
@@ -4244,6 +4327,7 @@ PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
 F_SETPIPE_SZ = 1031
 STDERR_TAIL = 4096  # bytes kept to explain a failure
 START_LIMIT_S, CALL_LIMIT_S, LONG_LIMIT_S = 30.0, 10.0, 900.0
+PI_GONE = "pi has ended"  # the answer to every call that is still open then
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -4375,7 +4459,7 @@ class PiProcess:
         os.close(self._stderr_end)
         self._stop_reading()
         for done in list(self.calls.values()):
-            done({"success": False, "error": "pi has ended"})
+            done({"success": False, "error": PI_GONE})
         self.calls.clear()
         self.on_exit(code, self.trouble or self._stderr.decode("utf-8", "replace").strip())
         self.exited.set()
@@ -4390,7 +4474,7 @@ class PiProcess:
         self._number += 1
         call_id = f"oppi-{self._number}"
         if self.exited.is_set():
-            done({"success": False, "error": "pi has ended"})
+            done({"success": False, "error": PI_GONE})
             return call_id
         self.calls[call_id] = done
         self.send({**command, "id": call_id})
@@ -4448,9 +4532,70 @@ ABORT_S, ABORT_AGAIN_S = 8.0, 5.0
 HELD_ACK_S = 1.0  # a turn pi has not answered after this is acknowledged as held
 GATE_WAIT_S = 5.0
 SILENCE_S = 8.0  # the apps reconnect after 45 s without a text, thinking or tool frame
+DEAF_S = 30.0  # extensions may delay the acceptance of a prompt, but hardly for longer
 TAKEN_S = 1.0  # after it accepted a prompt pi needs about 20 ms to begin
-OWN_TURN = "own turn:"  # id of a turn the phone gave none: it is not acknowledged
+STATE_S, STATE_BURST = 0.25, 8  # one `state` in so long after the first few: it is the whole session each time
 FOR_EVER_MS = 100 * 365 * 86_400_000
+RESEND, DISCARD = "Send again", "Discard"
+NOT_STREAMING = {
+    "steer": "Steer requires an active streaming turn",
+    "follow_up": "Follow-up requires an active streaming turn",
+}
+
+
+class Step(NamedTuple):
+    """Where a trigger leads, and the methods of LiveSession that are called then, in this order."""
+
+    to: str
+    effects: tuple[str, ...] = ()
+
+
+# The life of a session.  What a state does not list changes nothing: a second stop, an agent_end too many.
+# Triggers: `up` pi answers, `begin` a run of the agent begins, `settle` it is over for good, `stop` and `end` a
+# person (or the server) ends the turn or the session, `late` pi did not obey in time, `trip` a tool ran
+# unasked, `exit` pi is gone.  Where pi fails before it is up, LiveSession.start tells who waits.
+ENDED = Step("stopped", ("clear_up", "confirm_end", "gone"))
+DIED = Step("stopped", ("clear_up", "tell_death", "gone"))
+DIED_IN_STOP = Step("stopped", ("clear_up", "tell_death", "fail_stop", "gone"))
+KILLED = Step("killed", ("kill",))
+LIFE: dict[str, dict[str, Step]] = {
+    "starting": {"up": Step("ready"), "exit": Step("stopped")},
+    "ready": {
+        "begin": Step("busy", ("turn_begun", "tell_state")),
+        "stop": Step("ready", ("already_idle",)),
+        "end": Step("ending", ("request_stop", "tell_state", "drop_dialogs")),
+        "exit": DIED,
+        "trip": KILLED,
+    },
+    "busy": {
+        "settle": Step("ready", ("tell_failure", "turn_over", "tell_state")),
+        "stop": Step("aborting", ("request_stop", "tell_state", "drop_dialogs", "abort", "wait_long")),
+        "end": Step("quitting", ("request_stop", "tell_state", "drop_dialogs", "abort")),
+        "exit": DIED,
+        "trip": KILLED,
+    },
+    "aborting": {
+        "settle": Step("ready", ("turn_over", "confirm_stop", "tell_state")),
+        "end": Step("quitting", ("drop_dialogs", "abort")),
+        "late": Step("insisting", ("insist", "wait_little")),
+        "exit": DIED_IN_STOP,
+        "trip": KILLED,
+    },
+    "insisting": {
+        "settle": Step("ready", ("turn_over", "confirm_stop", "tell_state")),
+        "end": Step("quitting", ("drop_dialogs", "abort")),
+        "late": Step("busy", ("tell_state", "give_up")),
+        "exit": DIED_IN_STOP,
+        "trip": KILLED,
+    },
+    "ending": {"begin": Step("quitting", ("turn_begun",)), "exit": ENDED, "trip": KILLED},
+    "quitting": {"settle": Step("ending", ("turn_over",)), "exit": ENDED, "trip": KILLED},
+    "killed": {"exit": DIED},
+    "stopped": {},
+}
+RUNNING, STOPPING = ("busy", "aborting", "insisting", "quitting"), ("aborting", "insisting", "ending", "quitting", "killed")
+WIRE_STATUS = {name: "stopping" if name in STOPPING else name for name in LIFE}
+LEAVING = ("ending", "quitting", "killed", "stopped")  # nothing new is taken on
 
 
 class Hub:
@@ -4598,6 +4743,165 @@ class Approvals:
             self.audit(session, pending.call, "deny", "extension_lost", Verdict("deny", pending.wire["risk"], reason, ""))
 
 
+class Waiting(NamedTuple):
+    """An accepted turn on its way to pi.  `reply` reaches the phone that sent it; `done` gets what it must be
+    told went wrong, "" for nothing."""
+
+    turn_id: str
+    request: Json
+    reply: Callable[[Json], None]
+    stored: asyncio.Future[Any]
+    done: asyncio.Future[str]
+
+
+class Turns:
+    """The turns of one session, over every pi it has.  Each is on disk before it is acknowledged, and stays
+    there until pi's own file holds it.  Must never: run one id twice, or send anything again unasked."""
+
+    def __init__(self, store: Store, session_id: str) -> None:
+        self.store, self.id = store, session_id
+        self.book = TurnCache(store.read_turns(session_id))
+        self.line: deque[Waiting] = deque()
+        self.news = asyncio.Event()  # there is something in the line
+        self.lost: list[str] = []  # ids of turns that the last pi did not write down
+        self.offered: Json | None = None  # the dialog that asks about the first of them
+        self.emit: Callable[[Json], None] | None = None  # to all phones, while pi runs
+
+    def save(self) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self.store.save_turns(self.id, self.book.stored()))
+
+    async def accept(
+        self, command: str, body: Json, reply: Callable[[Json], None], check: Callable[[], None]
+    ) -> Waiting | None:
+        """Put a turn in the line, or answer a repeated one.  Raises OppiError for the failed result."""
+        payload = turn_payload(command, body)
+        turn_id, request = body.get("clientTurnId") or "", {k: body[k] for k in ("requestId",) if isinstance(body.get(k), str)}
+        if not isinstance(turn_id, str):
+            raise BadRequest("clientTurnId must be a string")
+        content = token_hash(f"{command}:{dumps(payload)}")
+        known = self.book.known(turn_id, command, content, now_ms())
+        if known:
+            await self.save()
+            ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": known.stage}
+            reply({**ack, "duplicate": True, **request})
+            reply(result(command, request))
+            return None
+        check()
+        key = turn_id or new_id(12)
+        self.book.add(key, Turn(command, content, now_ms(), payload["message"], payload, bool(turn_id)))
+        item = Waiting(key, request, reply, self.save(), asyncio.get_running_loop().create_future())
+        self.line.append(item)
+        self.news.set()
+        try:
+            await asyncio.shield(item.stored)
+        except OSError as error:
+            self.book.turns.pop(key, None)
+            raise Unavailable(f"The message cannot be kept safe on the server: {error.strerror}") from None
+        self.ack(key, "accepted", reply, **request)
+        asyncio.get_running_loop().call_later(HELD_ACK_S, self.dispatched, item)
+        return item
+
+    def hold(self, command: str, payload: Json) -> None:
+        """A message that a person put into pi's queue directly."""
+        text = str(payload["message"])
+        self.book.add(new_id(12), Turn(command, "", now_ms(), text, payload, False, "dispatched"))
+        self.save()
+
+    async def next(self) -> Waiting:
+        while not self.line:
+            self.news.clear()
+            await self.news.wait()
+        return self.line.popleft()
+
+    def ack(self, turn_id: str, stage: str, reply: Callable[[Json], None] | None = None, **more: Any) -> bool:
+        """Move a turn to a stage and tell; whether it had not been there."""
+        moved = self.book.advance(turn_id, stage)
+        turn, tell = self.book.turns.get(turn_id), self.emit or reply
+        if turn and turn.named and tell and (moved or stage == "accepted"):
+            tell({"type": "turn_ack", "command": turn.command, "clientTurnId": turn_id, "stage": stage, **more})
+        return moved
+
+    def dispatched(self, item: Waiting) -> None:
+        """pi has it, or it is held for so long that the app would give up."""
+        if self.ack(item.turn_id, "dispatched", item.reply, **item.request) and item.request:
+            item.reply(result(self.book.turns[item.turn_id].command, item.request))
+
+    def begun(self, turn_id: str) -> None:
+        if turn_id:
+            self.ack(turn_id, "started")
+
+    def answered(self, item: Waiting, refusal: str, gone: bool) -> None:
+        """pi took a turn or refused it.  One that a phone was told is safe stays held when pi has died."""
+        turn, failure = self.book.turns.get(item.turn_id), ""
+        if not refusal:
+            self.dispatched(item)
+        elif turn and (turn.stage == "accepted" or not gone):
+            del self.book.turns[item.turn_id]
+            self.save()
+            failure = refusal if turn.stage == "accepted" else ""
+            if not failure and self.emit:
+                self.emit({"type": "error", "error": f"{turn.command}: {refusal}"})
+        if not item.done.done():
+            item.done.set_result(failure)
+
+    def release(self, turn_ids: Iterable[str]) -> None:
+        """These are held no longer."""
+        if self.book.release(list(turn_ids)):
+            self.save()
+
+    def forget(self, texts: Iterable[str]) -> None:
+        """A person took these messages out of pi's queue."""
+        gone = set(texts)
+        self.release(key for key, turn in self.book.held().items() if turn.text in gone and turn.stage == "dispatched")
+
+    async def look(self, path: str, start: int) -> tuple[str, int]:
+        """Release what pi's file holds by now; the file, and where to look on next time."""
+        asked = {key: turn for key, turn in self.book.held().items() if turn.stage != "accepted"}
+        texts, end = await asyncio.get_running_loop().run_in_executor(None, read_user_texts, path, start)
+        commands = [key for key, turn in asked.items() if turn.text.startswith("/")]  # pi is done with these, too
+        self.release([*delivered(asked, texts), *commands])
+        return path, end
+
+    async def adopt(self, path: str, start: int) -> tuple[str, int]:
+        """A new pi was started on this file: see what the last one left, and offer it."""
+        found = (path, start)
+        if self.book.held():
+            texts, end = await asyncio.get_running_loop().run_in_executor(None, read_user_texts, path, start)
+            found = (path, end)
+            self.release(delivered(self.book.held(), texts))
+        waiting = {item.turn_id for item in self.line}
+        self.lost = [key for key in self.book.held() if key not in waiting]
+        self.offer()
+        return found
+
+    def offer(self) -> None:
+        """Ask about the next turn that the last pi did not write down."""
+        held, self.offered = self.book.held(), None
+        self.lost = [key for key in self.lost if key in held]
+        if self.lost:
+            text = visible(held[self.lost[0]].text)
+            title = f"This message was not answered before the session ended: {text[:200]}{'…' if len(text) > 200 else ''}"
+            dialog = {"type": "extension_ui_request", "id": f"held-{self.lost[0]}", "sessionId": self.id, "method": "select"}
+            self.offered = {**dialog, "title": title, "options": [RESEND, DISCARD]}
+            if self.emit:
+                self.emit(self.offered)
+
+    def answer(self, value: Any) -> tuple[str, Turn] | None:
+        """A person's answer to the dialog; the turn, if it is to be sent again."""
+        key = self.lost.pop(0)
+        turn = self.book.turns[key]
+        if value == DISCARD:
+            self.release([key])
+        self.offer()
+        return (key, turn) if value == RESEND else None
+
+    def left(self) -> None:
+        """pi has ended, or did not start: what it was not given yet stays held if a phone was told it is safe."""
+        self.emit = self.offered = None
+        while self.line:
+            self.answered(self.line.popleft(), f"Session not active: {self.id}", True)
+
+
 class LiveSession:
     """A session with a running pi.  `record` is the stored and sent object, changed in place."""
 
@@ -4609,25 +4913,45 @@ class LiveSession:
         self.log = SessionLog(whole(own.get("seq")))
         self.queue: Json = {"version": whole(own.get("queueVersion")), "steering": [], "followUp": []}
         self.pi = PiProcess(self._on_items, self._on_exit)
-        self.translator, self.turns = Translator(), TurnCache()
+        self.translator, self.turns = Translator(), sessions.turns(self.id)
         self.dialogs: dict[str, Json] = {}
         self.asked: dict[str, str] = {}  # tool call id -> "asked" or "allowed", while the call is under way
-        self.lane = asyncio.Lock()  # turns are written to pi in the order they came
+        self.lane = asyncio.Lock()  # turns and changes of the queue are written to pi one after the other
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait, stop)
         self.free.set()
         self.taken = asyncio.Event()  # pi has begun or queued the last prompt; another one before that would be lost
         self.gated = asyncio.Event()  # the gate has said hello
-        self.running = self.ended = self.clearing = self.tripped = False
+        self.state = "starting"  # of LIFE
+        self.clearing = False
         self.epoch = new_id(16)  # in the environment of this pi and of all it starts
         self.modern = sessions.pi.version >= MODERN
-        self.stop_mode = ""  # "abort" or "terminate" while one is pending
-        self.busy_before_stop, self.stop_source = "busy", "user"
+        self.stop_source = "user"
         self.cwd: str = ""
-        self.exit_text = ""
+        self.exit_code, self.exit_text, self.reason = 0, "", ""
+        self.recorded = ("", 0)  # pi's file, and up to where it was searched for held turns
         self._delta: list[str] = []
         self._delta_kind = ""
-        self._flushed = self._previewed = self.spoke = self.used = time.monotonic()
+        self._flushed = self._previewed = self.spoke = self.used = self._told = time.monotonic()
+        self._untold = 0  # `state` frames sent lately
         self._timers: dict[str, Any] = {}
+        self._feeder: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a run of the agent is under way."""
+        return self.state in RUNNING
+
+    def step(self, trigger: str) -> None:
+        """Take a trigger as LIFE says."""
+        found = LIFE[self.state].get(trigger)
+        if found is None:
+            return
+        before, self.state = self.state, found.to
+        if WIRE_STATUS[before] != WIRE_STATUS[found.to]:
+            self.record.update(status=WIRE_STATUS[found.to], lastActivity=now_ms())
+            self.save()
+        for name in found.effects:
+            getattr(self, "_" + name)()
 
     # starting
 
@@ -4653,13 +4977,16 @@ class LiveSession:
         self.adopt(state)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.gated.wait(), GATE_WAIT_S)
-        if self.ended:
+        self.recorded = await self.turns.adopt(*self._place())
+        if self.state == "stopped":
             raise PiFailed(f"pi exited before ready: {self.id}. {self.exit_text[:500]}")
-        self.set_status("ready")
+        self.step("up")
+        self.turns.emit = self.emit
+        self._feeder = asyncio.ensure_future(self._feed())
 
     async def _discard(self) -> None:
         """End a pi that did not start; nothing is announced."""
-        self.ended = True
+        self.state = "stopped"
         self.record["oppi"]["seq"] = self.log.seq
         self.save()
         if self.pi.process is not None:
@@ -4676,6 +5003,8 @@ class LiveSession:
             if isinstance(state.get(name), str):
                 record[target] = state[name]
         path = record.get("piSessionFile")
+        if path != self.recorded[0] and self.state != "starting":  # the person left that conversation
+            self.turns.release(self.turns.book.held())
         if path and path not in record.setdefault("piSessionFiles", []):
             record["piSessionFiles"].append(path)
         name = str(state.get("sessionName") or "").strip()
@@ -4718,6 +5047,8 @@ class LiveSession:
 
     def emit(self, message: Json) -> None:
         """Send a message to the subscribers, after the deltas that came before it."""
+        if message is STATE and not self._may_tell():
+            return
         self.flush()
         if message is STATE:
             message = {"type": "state", "session": session_wire(self.record)}
@@ -4729,6 +5060,23 @@ class LiveSession:
         if message["type"].startswith("tool_"):
             self.spoke = time.monotonic()
         self.sessions.hub.publish(message)
+
+    def _may_tell(self) -> bool:
+        """Whether a `state` may go out now; if not, one goes out later."""
+        now = time.monotonic()
+        self._untold = max(0, self._untold - int((now - self._told) / STATE_S))
+        if self._untold >= STATE_BURST:
+            if "state" not in self._timers:
+                self._timers["state"] = asyncio.get_running_loop().call_later(STATE_S, self._tell_state)
+            return False
+        self._untold, self._told = self._untold + 1, now
+        return True
+
+    def _tell_state(self) -> None:
+        """Tell the state now, as it is."""
+        self._cancel_timer("state")
+        self._untold = 0
+        self.emit(STATE)
 
     def _reserve_seq(self) -> None:
         self.record["oppi"]["seq"] = self.log.seq + SEQ_STEP
@@ -4772,10 +5120,6 @@ class LiveSession:
             self.spoke = time.monotonic()
             self.sessions.hub.publish({"type": "thinking_delta", "delta": "", "sessionId": self.id})
 
-    def set_status(self, status: str) -> None:
-        self.record.update(status=status, lastActivity=now_ms())
-        self.save()
-
     def save(self) -> None:
         self.sessions.store.save_session(self.record)
 
@@ -4784,7 +5128,7 @@ class LiveSession:
     def _on_items(self, items: list[Json | Delta]) -> None:
         self.used = time.monotonic()
         for item in items:
-            if self.tripped:
+            if self.state == "killed":
                 return
             try:
                 if isinstance(item, Delta):
@@ -4814,16 +5158,12 @@ class LiveSession:
     def _on_agent_start(self, event: Json) -> None:
         self._cancel_timer("settle")
         self.taken.set()
-        if self.running:  # another attempt of the same turn
-            return
-        self.running = True
-        if not self.stop_mode:
-            self.record["status"] = "busy"
+        self.step("begin")  # while one is under way: another attempt of the same turn
+
+    def _turn_begun(self) -> None:
+        self.translator.failure = ""
         self.emit({"type": "agent_start"})
-        started = self.turns.starting(True)
-        if started:
-            self._ack(started[0], "started")
-        self.emit(STATE)
+        self.turns.begun(self.turns.book.starting(True))
 
     def _on_agent_end(self, event: Json) -> None:
         if "willRetry" not in event:  # P73; P87 says agent_settled
@@ -4834,7 +5174,7 @@ class LiveSession:
         self.free.clear()
 
     def _on_wait_over(self, event: Json) -> None:
-        if self.stop_mode != "abort":
+        if self.state not in STOPPING:
             self.free.set()
         if not event.get("willRetry") and event.get("success") is not True:
             self._settle_soon()
@@ -4849,34 +5189,37 @@ class LiveSession:
             timer.cancel()
 
     def idle(self, event: Json | None = None) -> None:
-        """pi is done with the turn: tell what failed, confirm a stop, be ready."""
+        """pi is done with the turn, and will not go on by itself."""
         self._cancel_timer("settle")
-        if not self.running:
-            return
-        self.running = False
+        self.step("settle")
+
+    def _turn_over(self) -> None:
+        """Tell that the run has ended; whatever it still asked is void."""
         self.free.set()
         self.sessions.approvals.cancel(self, "The turn has ended")
         self._drop_dialogs()
         self.asked.clear()
-        failure = self.translator.final_failure()
-        for message in () if self.stop_mode else failure:
-            self.emit(message)
         self.emit({"type": "agent_end"})
-        if self.stop_mode == "terminate":
-            return
-        if self.stop_mode == "abort":
-            self.stop_mode = ""
-            self._cancel_timer("stop")
-            self.emit({"type": "stop_confirmed", "source": "user"})
-        self.set_status("ready")
-        self.emit(STATE)
+        asyncio.ensure_future(self._look_for_held())
+
+    def _tell_failure(self) -> None:
+        for message in self.translator.final_failure():
+            self.emit(message)
+
+    async def _look_for_held(self) -> None:
+        """See which held turns pi's file has by now."""
+        if self.turns.book.held():
+            self.recorded = await self.turns.look(*self._place())
+
+    def _place(self) -> tuple[str, int]:
+        """pi's file, and from where on it is not searched yet."""
+        path = str(self.record.get("piSessionFile") or "")
+        return path, self.recorded[1] if self.recorded[0] == path else 0
 
     def _on_message_start(self, event: Json) -> None:
         message = obj(event.get("message"))
         if message.get("role") == "user":
-            started = self.turns.starting(False, block_text(message.get("content")))
-            if started:
-                self._ack(started[0], "started")
+            self.turns.begun(self.turns.book.starting(False, block_text(message.get("content"))))
 
     def _on_queue(self, event: Json) -> None:
         """Bring the mirror of pi's queue up to date; what vanished was handed to the model."""
@@ -4892,13 +5235,14 @@ class LiveSession:
                 else:
                     started.append((kind, item))
             for text in texts:
-                turn = next((k for k, t in self.turns.turns.items() if t.text == text and t.command == kind), None)
-                kept.append(
-                    {"id": turn if turn and not turn.startswith(OWN_TURN) else new_id(12), "message": text, "createdAt": now_ms()}
-                )
+                turns = self.turns.book.turns.items()
+                turn = next((k for k, t in turns if t.text == text and t.command == kind and t.named), None)
+                kept.append({"id": turn or new_id(12), "message": text, "createdAt": now_ms()})
             self.queue[name] = kept
         self.queue["version"] += 1
         self.record["oppi"]["queueVersion"] = self.queue["version"]
+        if self.clearing:  # taken back by a person: not held any longer
+            self.turns.forget(item["message"] for _, item in started)
         for kind, item in () if self.clearing else started:
             self.emit({"type": "queue_item_started", "kind": kind, "item": item, "queueVersion": self.queue["version"]})
         self.emit({"type": "queue_state", "queue": self.queue})
@@ -4941,7 +5285,7 @@ class LiveSession:
         except Exception as error:
             log("gate", f"{self.id}: {type(error).__name__}: {error}")
             verdict = Verdict("deny", "high", "The policy failed on this call", "hard_deny")
-        if self.stop_mode or self.ended:
+        if self.state in STOPPING or self.state == "stopped":
             verdict = Verdict("deny", verdict.risk, "Stopped by user", "stopped")
         self.asked[call_id] = "asked"
         if verdict.action == "ask":
@@ -4975,9 +5319,11 @@ class LiveSession:
         self.sessions.approvals.audit(self, call, "deny", "policy", verdict)
         text = f"Security stop: the tool {tool} ran without approval. The session was ended."
         self.emit({"type": "error", "error": text, "code": "gate_bypassed"})
-        self.tripped = True
-        self.pi.kill()
+        self.step("trip")
         return True
+
+    def _kill(self) -> None:
+        self.pi.kill()
 
     # dialogs of extensions
 
@@ -4994,6 +5340,11 @@ class LiveSession:
     def answer_dialog(self, body: Json) -> None:
         """Pass a phone's answer on to the extension.  Raises NotFound for an unknown dialog."""
         key = body.get("id")
+        if self.turns.offered and key == self.turns.offered["id"]:
+            found = self.turns.answer(body.get("value"))
+            if found:
+                asyncio.ensure_future(self._resend(*found))
+            return
         if not isinstance(key, str) or self.dialogs.pop(key, None) is None:
             raise NotFound(f"UI request not found: {key}")
         answer: Json = {"type": "extension_ui_response", "id": key}
@@ -5005,6 +5356,10 @@ class LiveSession:
             answer["cancelled"] = True
         self.pi.send(answer)
 
+    def questions(self) -> list[Json]:
+        """Open dialogs, as every phone that connects is shown them."""
+        return [*self.dialogs.values(), *([self.turns.offered] if self.turns.offered else [])]
+
     def _drop_dialogs(self) -> None:
         for key in list(self.dialogs):
             del self.dialogs[key]
@@ -5012,81 +5367,58 @@ class LiveSession:
 
     # turns
 
-    def _ack(self, turn_id: str, stage: str, **more: Any) -> None:
-        moved = self.turns.advance(turn_id, stage) or stage == "accepted"
-        if moved and not turn_id.startswith(OWN_TURN):
-            command = self.turns.turns[turn_id].command
-            self.emit({"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": stage, **more})
-
-    async def turn(self, command: str, body: Json, reply: Callable[[Json], None]) -> None:
-        """Run prompt, steer or follow_up.  `reply` gets the frames only this phone sees.
-        Raises OppiError for the failed result."""
-        payload = turn_payload(command, body)
-        if not isinstance(body.get("clientTurnId", ""), (str, type(None))):
-            raise BadRequest("clientTurnId must be a string")
-        turn_id, request = body.get("clientTurnId"), {k: body[k] for k in ("requestId",) if isinstance(body.get(k), str)}
-        content = token_hash(f"{command}:{dumps(payload)}")
-        if isinstance(turn_id, str) and turn_id:
-            known = self.turns.known(turn_id, command, content, now_ms())
-            if known:
-                ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": known.stage}
-                reply({**ack, "duplicate": True, **request})
-                reply(result(command, request))
-                return
-        else:
-            turn_id = OWN_TURN + new_id(12)
-        self._check_turn(command)
-        self.turns.add(turn_id, command, content, now_ms(), payload["message"])
-        self._ack(turn_id, "accepted", **request)
-        if command == "prompt":
-            count_prompt(self.record, payload["message"], now_ms())
-            self.save()
-        await self._hand_over(turn_id, command, payload, request, reply)
-
-    def _check_turn(self, command: str) -> None:
-        if self.ended or self.stop_mode == "terminate":
+    def check_turn(self, command: str) -> None:
+        """Raises the OppiError with which this turn is refused now."""
+        if self.state in LEAVING:
             raise NotFound(f"Session not active: {self.id}")
         if not self.gated.is_set():
             raise PiFailed("Permission gate not connected (state: unguarded). No prompt is sent to pi.")
         if command != "prompt" and not self.running:
-            raise Conflict(f"{'Steer' if command == 'steer' else 'Follow-up'} requires an active streaming turn")
+            raise Conflict(NOT_STREAMING[command])
 
-    async def _hand_over(self, turn_id: str, command: str, payload: Json, request: Json, reply: Callable[[Json], None]) -> None:
-        """Write the turn to pi and acknowledge it: when pi accepts, or when it is held for too long to wait."""
-        loop = asyncio.get_running_loop()
-        answered: asyncio.Future[str] = loop.create_future()
-
-        def dispatched() -> None:
-            ending = self.ended or self.stop_mode == "terminate"
-            if not ending and turn_id in self.turns.turns and self.turns.turns[turn_id].stage == "accepted":
-                self._ack(turn_id, "dispatched", **request)
-                if request:
-                    reply(result(command, request))
-
-        def responded(response: Json) -> None:
-            if response.get("success") is True:
-                dispatched()
-            if not answered.done():
-                answered.set_result("" if response.get("success") is True else str(response.get("error") or "refused"))
-
-        timer = loop.call_later(HELD_ACK_S, dispatched)
-        try:
+    async def _feed(self) -> None:
+        """Hand the accepted turns to pi in their order, each when pi would not lose it."""
+        while True:
+            item = await self.turns.next()
+            await asyncio.wait([item.stored])
+            turn = self.turns.book.turns.get(item.turn_id)
+            if turn is None or turn.payload is None:
+                continue
             async with self.lane:
                 await self.free.wait()
                 self.used = time.monotonic()
                 self.taken.clear()
-                self.pi.call({"type": command, **payload}, responded)
-                if not payload["message"].startswith("/") and not await answered:  # an extension's command may take long
+                slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
+                self.pi.call({"type": turn.command, **turn.payload}, functools.partial(self._answered, item, slash))
+                if not slash:
+                    self._timers["deaf"] = asyncio.get_running_loop().call_later(DEAF_S, self._tell_deaf)
+                if not slash and not await asyncio.shield(item.done):
                     with contextlib.suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(self.taken.wait(), TAKEN_S)
-            failure = await answered
-        finally:
-            timer.cancel()
-        if failure:
-            turn = self.turns.turns.pop(turn_id, None)
-            if turn and turn.stage == "accepted":
-                raise PiFailed(failure)
-            self.emit({"type": "error", "error": f"{command}: {failure}"})
+
+    def _answered(self, item: Waiting, slash: bool, response: Json) -> None:
+        """pi has answered a turn: it has it, or refuses it, or has ended before it could."""
+        self._cancel_timer("deaf")
+        refusal = "" if response.get("success") is True else str(response.get("error") or "refused")
+        self.turns.answered(item, refusal, response.get("error") == PI_GONE)
+        if slash and not refusal:
+            asyncio.get_running_loop().call_later(TAKEN_S, self._command_over, item.turn_id)
+
+    def _tell_deaf(self) -> None:
+        self.emit({"type": "error", "error": f"pi has not reacted for {DEAF_S:.0f} s. Stop the session if it hangs."})
+
+    def _command_over(self, turn_id: str) -> None:
+        """An extension's command makes no message; had pi expanded it to one, a run would have begun by now."""
+        if not self.running:
+            self.turns.release([turn_id])
+
+    async def _resend(self, turn_id: str, turn: Turn) -> None:
+        """Send a held turn again, as a new one."""
+        try:
+            await self.sessions.turn(self.id, "prompt", obj(turn.payload), lambda message: None)
+            self.turns.release([turn_id])
+        except OppiError as error:
+            self.emit({"type": "error", "error": f"Not sent again: {error}"})
 
     async def refresh(self) -> None:
         """Read pi's state again, after it may have changed."""
@@ -5110,6 +5442,7 @@ class LiveSession:
                 self.clearing = False
             for kind, items in drafts:
                 for item in items:
+                    self.turns.hold(kind, item)
                     await self.pi.request({"type": kind, **item})
         return self.queue
 
@@ -5117,19 +5450,27 @@ class LiveSession:
 
     def stop(self) -> None:
         """Abort the current turn; the session stays."""
-        if self.stop_mode:
-            return
-        if not self.running:
-            self.emit({"type": "stop_confirmed", "source": "user", "reason": "Session already idle"})
-            return
-        self.stop_mode, self.busy_before_stop = "abort", self.record["status"]
+        self.step("stop")
+
+    def _already_idle(self) -> None:
+        self.emit({"type": "stop_confirmed", "source": "user", "reason": "Session already idle"})
+
+    def _request_stop(self) -> None:
         self.free.clear()
-        self.set_status("stopping")
-        self.emit({"type": "stop_requested", "source": "user"})
-        self.emit(STATE)
-        self._drop_dialogs()
-        self._abort()
-        self._timers["stop"] = asyncio.get_running_loop().call_later(ABORT_S, self._stop_again)
+        self.emit({"type": "stop_requested", "source": self.stop_source})
+
+    def _confirm_stop(self) -> None:
+        self._cancel_timer("stop")
+        self.emit({"type": "stop_confirmed", "source": "user"})
+
+    def _late_after(self, seconds: float) -> None:
+        self._timers["stop"] = asyncio.get_running_loop().call_later(seconds, self.step, "late")
+
+    def _wait_long(self) -> None:
+        self._late_after(ABORT_S)
+
+    def _wait_little(self) -> None:
+        self._late_after(ABORT_AGAIN_S)
 
     def _abort(self) -> None:
         """Empty the queue (P87) and abort.  A pending question of the gate ends inside pi, and so here."""
@@ -5144,33 +5485,24 @@ class LiveSession:
         self.pi.call({"type": "abort"}, lambda response: None)
         self.sessions.approvals.cancel(self, "Stopped by user")
 
-    def _stop_again(self) -> None:
+    def _insist(self) -> None:
         reason = f"Graceful stop timed out after {ABORT_S * 1000:.0f}ms; aborting again"
         self.emit({"type": "stop_requested", "source": "server", "reason": reason})
         self.pi.call({"type": "abort"}, lambda response: None)
-        self._timers["stop"] = asyncio.get_running_loop().call_later(ABORT_AGAIN_S, self._stop_failed)
 
-    def _stop_failed(self) -> None:
-        self.stop_mode = ""
+    def _give_up(self) -> None:
+        self._cancel_timer("stop")
         self.free.set()
-        self.set_status(self.busy_before_stop)
-        self.emit(STATE)
         reason = "Stop timed out — pi did not end the turn. Stop the session to end it by force."
         self.emit({"type": "stop_failed", "source": "server", "reason": reason})
 
     async def terminate(self, source: str = "user") -> None:
         """End the session and its pi; returns when both are gone."""
-        if self.stop_mode != "terminate" and not self.ended:
-            if not self.stop_mode:
-                self.set_status("stopping")
-                self.stop_source = source
-                self.emit({"type": "stop_requested", "source": source})
-                self.emit(STATE)
-            self.stop_mode = "terminate"
+        if self.state not in LEAVING:
+            self.stop_source = source if self.state not in STOPPING else "user"
             self._cancel_timer("stop")
-            self._drop_dialogs()
+            self.step("end")
             if self.running:
-                self._abort()
                 with contextlib.suppress(PiFailed):
                     await self.pi.request({"type": "abort"}, 2)  # answered when the turn is over
                 if "settle" in self._timers:
@@ -5180,30 +5512,40 @@ class LiveSession:
 
     def _on_exit(self, code: int, complaint: str) -> None:
         """pi has ended, by itself or not: nothing of the session may stay behind."""
-        self.exit_text = complaint
+        self.exit_code, self.exit_text = code, complaint
         for event in (self.gated, self.free, self.taken):  # nobody has to wait any longer
             event.set()
-        if self.ended:
-            return
+        self.step("exit")
+
+    def _clear_up(self) -> None:
         self.flush()
-        self.ended, self.running = True, False
         for name in list(self._timers):
             self._cancel_timer(name)
         self.dialogs.clear()
         self.sessions.approvals.cancel(self, "Session ended")
-        reason = "stopped" if self.stop_mode == "terminate" else "completed" if code == 0 else "error"
-        if reason == "error":
-            log("session", f"{self.id}: pi ended with code {code}: {complaint[-500:]}")
-            self.emit({"type": "error", "error": f"pi ended unexpectedly (code {code}). {complaint[-300:]}".strip()})
-        if self.stop_mode == "terminate":
-            self.emit({"type": "stop_confirmed", "source": self.stop_source})
-        elif self.stop_mode == "abort":
-            text = f"Session ended before stop completed ({reason})"
-            self.emit({"type": "stop_failed", "source": "server", "reason": text})
-        self.record["status"] = "stopped"
-        self.emit({"type": "session_ended", "reason": reason})
+        if self._feeder:
+            self._feeder.cancel()
+        self.turns.left()
+
+    def _tell_death(self) -> None:
+        if self.exit_code:
+            log("session", f"{self.id}: pi ended with code {self.exit_code}: {self.exit_text[-500:]}")
+            text = f"pi ended unexpectedly (code {self.exit_code}). {self.exit_text[-300:]}".strip()
+            self.emit({"type": "error", "error": text})
+        self.reason = "error" if self.exit_code else "completed"
+
+    def _confirm_end(self) -> None:
+        self.emit({"type": "stop_confirmed", "source": self.stop_source})
+        self.reason = "stopped"
+
+    def _fail_stop(self) -> None:
+        text = f"Session ended before stop completed ({self.reason})"
+        self.emit({"type": "stop_failed", "source": "server", "reason": text})
+
+    def _gone(self) -> None:
+        self.emit({"type": "session_ended", "reason": self.reason})
         self.record["oppi"]["seq"] = self.log.seq
-        self.set_status("stopped")
+        self.save()
         self.sessions.gone(self)
 
 
@@ -5213,6 +5555,21 @@ def result(command: str, request: Json, data: Any = None, error: str = "") -> Js
     if data is not None:
         found["data"] = data
     return {**found, "error": error} if error else found
+
+
+def read_user_texts(path: str, start: int) -> tuple[list[tuple[str, int]], int]:
+    """User messages of a session file from an offset on, and the offset after them.  Runs on a thread."""
+    texts: list[tuple[str, int]] = []
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            start += len(line)
+            if b'"role":"user"' in line:
+                with contextlib.suppress(ValueError):
+                    texts += user_texts([obj(parse_json(line))])
+    return texts, start
 
 
 def images_of(value: Any) -> list[Json]:
@@ -5250,10 +5607,13 @@ def queue_drafts(body: Json, name: str) -> list[Json]:
 
 def end_line(path: str) -> str:
     """Make a session file end with a newline (P73 would glue its next entry to a half line), and
-    return the directory its header names, "" if it has none."""
+    return the directory its header names, "" if it has none.  Raises PiFailed for what is no session
+    file, which P73 would overwrite."""
     try:
         with open(path, "r+b") as file:
             head = file.readline(65536)
+            if head.strip() and obj(_object(head.decode("utf-8", "replace"))).get("type") != "session":
+                raise PiFailed(f"Not a session file of pi: {path}")
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
@@ -5261,6 +5621,62 @@ def end_line(path: str) -> str:
         return str(obj(parse_json(head)).get("cwd") or "")
     except (OSError, ValueError):
         return ""
+
+
+LOCAL_HEAD = 16 * 1024  # bytes of a session file of the terminal that are looked at for a list
+LOCAL_MOST = 1000  # files; the newest
+
+
+def local_session(path: str) -> Json:
+    """What the list of sessions begun in the terminal says of one (http-api 2.11).  Raises OSError, or
+    ValueError with the reason why it is none."""
+    status = os.stat(path)
+    if not os.path.isfile(path):
+        raise ValueError("not a file")
+    with open(path, "rb") as file:
+        head = file.read(LOCAL_HEAD)
+    lines = head.split(b"\n")
+    entries = parse_entries(lines if status.st_size <= LOCAL_HEAD else lines[:-1])
+    header = entries[0] if entries else {}
+    if header.get("type") != "session" or not _is_text(header.get("id")):
+        raise ValueError("no session header")
+    messages = [obj(e.get("message")) for e in entries if e["type"] == "message"]
+    told = [m for m in messages if m.get("role") in ("user", "assistant")]
+    count = len(told) * max(1, status.st_size // max(1, len(head)))
+    found: Json = {"path": path, "piSessionId": header["id"], "cwd": str(header.get("cwd") or ""), "messageCount": count}
+    found.update(createdAt=iso_ms(header.get("timestamp")) or int(status.st_ctime * 1000))
+    found["lastModified"] = int(status.st_mtime * 1000)
+    name = next((e.get("name") for e in reversed(entries) if e["type"] == "session_info"), "")
+    first = next((block_text(m.get("content")) for m in told if m["role"] == "user"), "")
+    model = next((m for m in reversed(told) if _is_text(m.get("provider")) and _is_text(m.get("model"))), None)
+    found.update({"name": name} if _is_text(name) else {})
+    found.update({"firstMessage": first[:200]} if first.strip() else {})
+    found.update({"model": f"{model['provider']}/{model['model']}"} if model else {})
+    return found
+
+
+def local_sessions(root: str, taken: set[str]) -> list[Json]:
+    """Sessions below a directory that are not `taken` (real paths), the newest first.  Runs on a thread."""
+    paths = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(".jsonl") and os.path.realpath(path) not in taken:
+                with contextlib.suppress(OSError):
+                    paths.append((os.stat(path).st_mtime, path))
+    found = []
+    for _, path in sorted(paths, reverse=True)[:LOCAL_MOST]:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(local_session(path))
+    return found
+
+
+def copy_session(source: str, target: str) -> None:
+    """Copy the whole lines of a session file, which its pi may be writing to."""
+    with open(source, "rb") as file:
+        data = file.read()
+    make_private(os.path.dirname(target))
+    write_file(target, data[: data.rfind(b"\n") + 1])
 
 
 class Sessions:
@@ -5273,6 +5689,7 @@ class Sessions:
         self.bases: dict[str, int] = {}  # seq of sessions that are being started
         self.port = 0  # where the server listens
         self.deleting: set[str] = set()
+        self.lines: dict[str, Turns] = {}  # of sessions that were asked for turns
         self.closing = False
 
     def record(self, session_id: str) -> Json:
@@ -5290,7 +5707,7 @@ class Sessions:
     async def start(self, session_id: str) -> LiveSession:
         """The running session, started if need be.  Raises NotFound, SessionLimit or PiFailed."""
         live = self.active.get(session_id)
-        if live and live.stop_mode == "terminate":
+        if live and live.state in LEAVING:
             await live.terminate()
             live = None
         if live:
@@ -5310,8 +5727,36 @@ class Sessions:
     def _started(self, session_id: str, done: asyncio.Task[LiveSession]) -> None:
         self.starting.pop(session_id, None)
         self.bases.pop(session_id, None)
-        if not done.cancelled():
-            done.exception()  # whoever waits is told; nobody may wait any more
+        if done.cancelled() or done.exception():  # whoever waits is told; nobody may wait any more
+            self.turns(session_id).left()
+
+    def turns(self, session_id: str) -> Turns:
+        if session_id not in self.lines:
+            self.lines[session_id] = Turns(self.store, session_id)
+        return self.lines[session_id]
+
+    async def turn(self, session_id: str, command: str, body: Json, reply: Callable[[Json], None]) -> None:
+        """Run prompt, steer or follow_up, also while pi starts.  `reply` gets the frames only this phone
+        sees.  Raises OppiError for the failed result."""
+        record, live = self.record(session_id), self.active.get(session_id)
+        if not live and session_id not in self.starting:
+            raise NotFound(f"Session not active: {session_id}")
+
+        def check() -> None:
+            if live:
+                live.check_turn(command)
+            elif command != "prompt":
+                raise Conflict(NOT_STREAMING[command])
+
+        item = await self.turns(session_id).accept(command, body, reply, check)
+        if item is None:
+            return
+        if command == "prompt":
+            count_prompt(record, body["message"], now_ms())
+            self.store.save_session(record)
+        failure = await asyncio.shield(item.done)
+        if failure:
+            raise PiFailed(failure)
 
     async def _start(self, record: Json) -> LiveSession:
         previous = record.get("status")
@@ -5357,6 +5802,7 @@ class Sessions:
                 "This project's .pi/settings.json changes how pi runs programs, and this pi obeys it unasked. Update pi."
             )
         file = next(iter(session_files(record)[::-1]), "")
+        self.check_free(file, record["id"])
         recorded = await asyncio.get_running_loop().run_in_executor(None, self._prepare, folder, file, workspace)
         argv = [program] + pi_arguments(
             self.store.path("pi", "oppi-gate.js"),
@@ -5407,6 +5853,77 @@ class Sessions:
         self.store.save_session(record)
         return record
 
+    def check_free(self, path: str, starting: str = "") -> None:
+        """Raises Conflict if a file of pi belongs to a session, or, for one that is starting, is open in
+        another: two pis on one file would spoil it."""
+        real = os.path.realpath(path)
+        for record in self.store.sessions.values():
+            key, current = record["id"], record.get("piSessionFile")
+            files = [current] if starting else [current, *arr(record.get("piSessionFiles"))]
+            wanted = not starting or (key != starting and (key in self.active or key in self.starting))
+            if wanted and any(_is_text(f) and os.path.realpath(str(f)) == real for f in files):
+                raise Conflict(f"This pi session is open in another session: {record.get('name') or key}")
+
+    async def local(self) -> list[Json]:
+        """Sessions of the terminal that no session here has."""
+        records = self.store.sessions.values()
+        files = {str(f) for r in records for f in (r.get("piSessionFile"), *arr(r.get("piSessionFiles"))) if _is_text(f)}
+        root = os.path.join(agent_dir(), "sessions")
+        work = functools.partial(local_sessions, root, set(map(os.path.realpath, files)))
+        found: list[Json] = await asyncio.get_running_loop().run_in_executor(None, work)
+        return found
+
+    def adopt(self, workspace: Json, path: str, body: Json) -> Json:
+        """A session that goes on with one of the terminal's.  Raises BadRequest or Conflict (http-api 3.4)."""
+        real, root = os.path.realpath(os.path.expanduser(path)), os.path.realpath(os.path.join(agent_dir(), "sessions"))
+        try:
+            if not inside(real, root) or not real.endswith(".jsonl"):
+                raise ValueError("not a session file of pi")
+            found = local_session(real)
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"Invalid session file: {getattr(error, 'strerror', None) or error}") from None
+        if not found["cwd"]:
+            raise BadRequest("Cannot read session CWD from file")
+        if not workspace.get("hostMount"):
+            raise BadRequest("Workspace has no hostMount configured")
+        mount = os.path.expanduser(workspace["hostMount"])
+        if not inside(os.path.realpath(found["cwd"]), os.path.realpath(mount)):
+            raise BadRequest(f"Session CWD ({found['cwd']}) is not within workspace path ({mount})")
+        self.check_free(real)
+        first = found.get("firstMessage", "")
+        record = self.create(workspace, {**body, "name": body.get("name") or found.get("name") or first[:80]})
+        if not body.get("model"):
+            record.pop("model", None)  # pi finds its own in the file
+        record.update(status="stopped", piSessionFile=real, piSessionFiles=[real], piSessionId=found["piSessionId"])
+        record.update(messageCount=found["messageCount"], **({"firstMessage": first} if first else {}))
+        self.store.save_session(record)
+        return record
+
+    async def fork(self, source: Json, workspace: Json, entry_id: str, name: str) -> Json:
+        """A new running session with the conversation before one of its messages.  Raises OppiError."""
+        files = session_files(source)
+        if not files:
+            raise Conflict("Source session has no trace file to fork from")
+        name = name or f"Fork: {source.get('name') or 'Session ' + source['id'][:8]}"
+        copied = {"model": source.get("model"), "thinking": source.get("thinkingLevel")}
+        record = self.create(workspace, {"name": name[:160], **copied})
+        copy = self.store.path("pi", record["id"], os.path.basename(files[-1]))
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, copy_session, files[-1], copy)
+            record.update(piSessionFile=copy, contextWindow=source.get("contextWindow"))
+            live = await self.start(record["id"])
+            if obj(await live.pi.request({"type": "fork", "entryId": entry_id}, START_LIMIT_S)).get("cancelled"):
+                raise PiFailed("An extension of pi has cancelled the fork")
+            await live.refresh()
+        except (OppiError, OSError) as error:
+            await self.delete(record["id"])
+            raise error if isinstance(error, OppiError) else PiFailed(str(error)) from None
+        record["piSessionFiles"] = [f for f in arr(record.get("piSessionFiles")) if f != copy]
+        with contextlib.suppress(OSError):
+            os.unlink(copy)
+        live.save()
+        return record
+
     async def stop(self, session_id: str) -> Json:
         """End a session's pi, or mark a stale record stopped; the record."""
         record = self.record(session_id)
@@ -5432,7 +5949,9 @@ class Sessions:
         self.store.sessions.pop(session_id, None)
         rules = self.store.rules
         rules.of_sessions = [rule for rule in rules.of_sessions if rule.get("sessionId") != session_id]
-        self.store.forget("sessions", session_id)
+        self.lines.pop(session_id, None)
+        for folder in ("sessions", "turns"):
+            self.store.forget(folder, session_id)
         self.hub.publish({"type": "session_deleted", "sessionId": session_id}, everyone=True)
 
     async def entries(self, session_id: str) -> list[Json]:
@@ -5453,7 +5972,7 @@ class Sessions:
         for live in list(self.active.values()):
             live.breathe()
             waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or not live.free.is_set()
-            if not live.running and not waiting and not live.stop_mode and time.monotonic() - live.used > limit:
+            if live.state == "ready" and not waiting and time.monotonic() - live.used > limit:
                 log("session", f"{live.id}: idle for {limit:.0f} s, stopping")
                 asyncio.ensure_future(live.terminate("server"))
 
@@ -5498,9 +6017,8 @@ def live_entries(messages: Sequence[Any]) -> list[Json]:
     """pi's messages as if they were entries of a file."""
     found: list[Json] = []
     for number, message in enumerate(m for m in messages if isinstance(m, dict)):
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(whole(message.get("timestamp")) / 1000))
         entry = {"type": "message", "id": f"live-{number}", "parentId": f"live-{number - 1}" if number else None}
-        found.append({**entry, "timestamp": stamp, "message": message})
+        found.append({**entry, "timestamp": iso_time(whole(message.get("timestamp"))), "message": message})
     return found
 
 
@@ -6338,7 +6856,9 @@ class Api:
         if re.search("[\x00-\x1f\ud800-\udfff]", f"{body.get('model')}{body.get('thinking')}"):
             raise BadRequest("model and thinking must be plain text")
         if body.get("piSessionFile"):
-            raise BadRequest("Importing a session file is not supported")
+            if not _is_text(body["piSessionFile"]) or (body.get("prompt") or "").strip():
+                raise BadRequest("piSessionFile must be a path, and comes without a prompt")
+            return Reply(201, {"session": session_wire(self.server.sessions.adopt(workspace, body["piSessionFile"], body))})
         images_of(body.get("images"))
         await self.server.pi.known_models()
         record = self.server.sessions.create(workspace, body)
@@ -6347,12 +6867,29 @@ class Api:
         prompted = await self._first_prompt(record, body)
         return Reply(201, {"session": session_wire(record), "prompted": prompted})
 
+    async def local_sessions(self, request: Request) -> Json:
+        return {"sessions": await self.server.sessions.local()}
+
+    async def fork_session(self, request: Request, key: str, session_id: str) -> Reply:
+        workspace, record = self.workspace(key), self.server.store.sessions.get(session_id)
+        if record is None:
+            raise NotFound("Session not found")
+        if record.get("workspaceId") != key:
+            raise BadRequest("Session does not belong to this workspace")
+        body = request.json()
+        if not _is_text(body.get("entryId")):
+            raise BadRequest("entryId required")
+        name = str(body["name"]) if _is_text(body.get("name")) else ""
+        forked = await self.server.sessions.fork(record, workspace, entry_of(body["entryId"]), name)
+        return Reply(201, {"session": session_wire(forked)})
+
     async def _first_prompt(self, record: Json, body: Json) -> bool:
         """Start a new session and send its prompt; False if that failed."""
         failures: list[Json] = []
         try:
-            live = await self.server.sessions.start(record["id"])
-            await live.turn("prompt", {"message": body["prompt"].strip(), "images": body.get("images")}, failures.append)
+            await self.server.sessions.start(record["id"])
+            message = {"message": body["prompt"].strip(), "images": body.get("images")}
+            await self.server.sessions.turn(record["id"], "prompt", message, failures.append)
         except OppiError as error:
             log("session", f"{record['id']}: first prompt failed: {error}")
             return False
@@ -6362,9 +6899,11 @@ class Api:
         record = self.session(key, session_id)
         view = "full" if request.query.get("view") == "full" else "context"
         entries = await self.server.sessions.entries(session_id)
+        held = self.server.sessions.turns(session_id).book.held()
 
         def work() -> bytes:  # event by event: one large dump would hold up every other session
-            parts = b",".join(encode(event) for event in build_trace(entries, view))
+            events = [*build_trace(entries, view), *held_events(held, entries)]
+            parts = b",".join(encode(event) for event in events)
             return b'{"session":' + encode(session_wire(record)) + b',"trace":[' + parts + b"]}"
 
         return Reply(200, await asyncio.get_running_loop().run_in_executor(None, work))
@@ -6589,7 +7128,7 @@ class Api:
     def _subscribe(self, client: Socket, live: LiveSession) -> None:
         live.flush()
         client.subscriptions[live.id] = "full"
-        for dialog in live.dialogs.values():
+        for dialog in live.questions():
             client.deliver(dialog)
 
     async def message(self, client: Socket, data: bytes) -> None:
@@ -6597,25 +7136,14 @@ class Api:
         body: Json = {}
         try:
             body = self._parse(data)
-            if not client.ready.is_set():
-                await self._until_ready(client, body)
+            if body["type"] not in TURN_COMMANDS:  # a turn is held while pi starts, all else waits
+                await client.ready.wait()
             await self._dispatch(client, body)
         except OppiError as error:
             self._failed(client, body, str(error), error.code)
         except Exception as error:
             log("socket", f"{body.get('type')}: {type(error).__name__}: {error}")
             self._failed(client, body, "Internal error")
-
-    async def _until_ready(self, client: Socket, body: Json) -> None:
-        """Hold a message while pi starts.  The app gives up on a turn after 4 s, though it is safely held."""
-        turn_id = body.get("clientTurnId")
-        if body["type"] in TURN_COMMANDS and isinstance(turn_id, str):
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(client.ready.wait(), HELD_ACK_S)
-            for stage in () if client.ready.is_set() else ("accepted", "dispatched"):
-                ack = {"type": "turn_ack", "command": body["type"], "clientTurnId": turn_id, "stage": stage}
-                client.deliver({**ack, **_request_of(body), "sessionId": client.session_id})
-        await client.ready.wait()
 
     def _parse(self, data: bytes) -> Json:
         try:
@@ -6747,10 +7275,10 @@ class Api:
             reply({"type": "state", "session": session_wire(self.server.sessions.record(session_id))})
         elif kind not in KNOWN or (kind == "bash" and client.dialect == "1.1"):
             raise BadRequest(f"Unsupported command type: {kind}")
+        elif kind in TURN_COMMANDS:
+            await self.server.sessions.turn(session_id, kind, body, reply)
         elif live is None:
             raise NotFound(f"Session not active: {session_id}")
-        elif kind in ("prompt", "steer", "follow_up"):
-            await live.turn(kind, body, reply)
         elif kind == "extension_ui_response":
             live.answer_dialog(body)
         elif kind in ("get_queue", "set_queue"):
@@ -6798,7 +7326,7 @@ class Api:
         if kind == "switch_session":
             self._check_switch(live, command["sessionPath"])
         if kind == "fork":
-            command["entryId"] = re.sub(r"-(text|think|tool)-\d+$", "", command["entryId"])
+            command["entryId"] = entry_of(command["entryId"])
         return command
 
     def _check_switch(self, live: LiveSession, path: str) -> None:
@@ -6863,6 +7391,11 @@ class Api:
         return {"commands": commands}, []
 
 
+def entry_of(event_id: str) -> str:
+    """The entry of pi's file that a trace event was made from."""
+    return re.sub(r"-(text|think|tool)-\d+$", "", event_id)
+
+
 def _request_of(body: Json) -> Json:
     return {"requestId": body["requestId"]} if body.get("requestId") else {}
 
@@ -6891,6 +7424,8 @@ ROUTES = (
     ("POST", "/workspaces/:wid/sessions", "create_session"),
     ("GET", "/workspaces/:wid/sessions/:sid", "session_detail"),
     ("DELETE", "/workspaces/:wid/sessions/:sid", "delete_session"),
+    ("GET", "/local-sessions", "local_sessions"),
+    ("POST", "/workspaces/:wid/sessions/:sid/fork", "fork_session"),
     ("GET", "/workspaces/:wid/sessions/:sid/events", "events"),
     ("POST", "/workspaces/:wid/sessions/:sid/stop", "stop_session"),
     ("POST", "/workspaces/:wid/sessions/:sid/resume", "resume_session"),

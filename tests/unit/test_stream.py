@@ -75,11 +75,15 @@ def test_a_log_holds_five_hundred_messages_and_does_not_share_them() -> None:
 # turns
 
 
+def turn(command: str = "prompt", text: str = "", at: int = 0, **more: Any) -> oppi.Turn:
+    return oppi.Turn(command, "h", at, text, **more)
+
+
 def cache(*turns: tuple[str, str, str]) -> oppi.TurnCache:
     """A cache of (id, command, text), all dispatched."""
     found = oppi.TurnCache()
     for name, command, text in turns:
-        found.add(name, command, "hash", 0, text)
+        found.add(name, turn(command, text))
         found.advance(name, "dispatched")
     return found
 
@@ -87,7 +91,7 @@ def cache(*turns: tuple[str, str, str]) -> oppi.TurnCache:
 def test_one_id_is_one_turn() -> None:
     turns = oppi.TurnCache()
     assert turns.known("t", "prompt", "h", 0) is None
-    turns.add("t", "prompt", "h", 0, "hi")
+    turns.add("t", turn())
     found = turns.known("t", "prompt", "h", 1)
     assert found is not None
     assert (found.stage, found.command) == ("accepted", "prompt")
@@ -96,32 +100,53 @@ def test_one_id_is_one_turn() -> None:
 @pytest.mark.parametrize(("command", "content"), [("steer", "h"), ("prompt", "other")])
 def test_an_id_that_stands_for_something_else_is_a_conflict(command: str, content: str) -> None:
     turns = oppi.TurnCache()
-    turns.add("t", "prompt", "h", 0, "")
+    turns.add("t", turn())
     with pytest.raises(oppi.Conflict, match="^clientTurnId conflict: t$"):
         turns.known("t", command, content, 0)
 
 
 def test_turns_are_forgotten_a_quarter_of_an_hour_after_they_were_last_asked_about() -> None:
     minute, turns = 60_000, oppi.TurnCache()
-    turns.add("t", "prompt", "h", 0, "")
+    turns.add("t", turn())
     assert turns.known("t", "prompt", "h", 15 * minute)
     assert turns.known("t", "prompt", "h", 30 * minute)
     assert turns.known("t", "prompt", "h", 45 * minute + 1) is None
 
 
+def test_a_held_turn_is_never_forgotten() -> None:
+    turns = oppi.TurnCache()
+    turns.add("t", turn(payload={"message": "hi"}))
+    assert turns.known("t", "prompt", "h", 10**9)
+    for number in range(256):
+        turns.add(str(number), turn())
+    assert "t" in turns.held()
+    assert turns.release(["t", "unknown"])
+    assert not turns.release(["t"])
+    assert turns.held() == {}
+
+
 def test_the_cache_keeps_the_256_turns_used_last() -> None:
     turns = oppi.TurnCache()
     for number in range(256):
-        turns.add(str(number), "prompt", "h", 0, "")
+        turns.add(str(number), turn())
     assert turns.known("0", "prompt", "h", 0)
-    turns.add("new", "prompt", "h", 0, "")
+    turns.add("new", turn())
     assert turns.known("0", "prompt", "h", 0)
     assert turns.known("1", "prompt", "h", 0) is None
 
 
+def test_no_more_is_accepted_than_can_be_held() -> None:
+    turns = oppi.TurnCache()
+    for number in range(256):
+        turns.add(str(number), turn(payload={}))
+    with pytest.raises(oppi.Conflict, match="^Too many messages wait for pi$"):
+        turns.add("new", turn())
+    assert len(turns.turns) == 256
+
+
 def test_a_stage_only_moves_forward() -> None:
     turns = oppi.TurnCache()
-    turns.add("t", "prompt", "h", 0, "")
+    turns.add("t", turn())
     stages = ["accepted", "dispatched", "dispatched", "accepted", "started", "dispatched"]
     assert [turns.advance("t", stage) for stage in stages] == [False, True, False, False, True, False]
     assert turns.advance("unknown", "started") is False
@@ -129,12 +154,46 @@ def test_a_stage_only_moves_forward() -> None:
 
 def test_which_turn_begins() -> None:
     turns = cache(("p1", "prompt", "a"), ("p2", "prompt", "b"), ("s1", "steer", "x"), ("s2", "follow_up", "x"))
-    started = [turns.starting(True), turns.starting(False, "x"), turns.starting(False, "y")]
-    assert [item and item[0] for item in started] == ["p2", "s1", None]
+    assert [turns.starting(True), turns.starting(False, "x"), turns.starting(False, "y")] == ["p2", "s1", ""]
     turns.advance("s1", "started")
-    assert [item and item[0] for item in [turns.starting(False, "x")]] == ["s2"]
-    assert cache(("s1", "steer", "x")).starting(True) is None
-    assert oppi.TurnCache().starting(True) is None
+    assert turns.starting(False, "x") == "s2"
+    assert cache(("s1", "steer", "x")).starting(True) == ""
+    assert oppi.TurnCache().starting(True) == ""
+
+
+def test_turns_outlive_the_server() -> None:
+    turns = cache(("a", "prompt", "x"), ("b", "steer", "y"))
+    turns.add("c", turn(text="z", at=7, payload={"message": "z"}))
+    assert oppi.TurnCache(turns.stored()).turns == turns.turns
+    good = turns.stored()
+    odd = [None, 3, {}, {**good[0], "stage": "flying"}, {**good[0], "payload": []}, {**good[0], "id": []}]
+    assert list(oppi.TurnCache([*odd, *good]).turns) == ["a", "b", "c"]
+
+
+def user(text: str, at: int) -> dict[str, Any]:
+    content = [{"type": "text", "text": text}]
+    return {"type": "message", "id": f"e{at}", "message": {"role": "user", "content": content, "timestamp": at}}
+
+
+def test_what_pis_file_holds_is_delivered() -> None:
+    held = {
+        "early": turn(text="go on", at=10_000),
+        "again": turn(text="go on", at=20_000),
+        "other": turn(text="stop", at=20_000),
+        "skill": turn(text="/skill:review", at=30_000),
+    }
+    entries = [user("go on", 5_000), user("go on", 10_500), {"type": "label"}, user("<expanded>", 30_001)]
+    assert oppi.delivered(held, oppi.user_texts(entries)) == ["early", "skill"]
+    assert oppi.delivered(held, oppi.user_texts([*entries, user("go on", 20_000)])) == ["early", "again", "skill"]
+
+
+def test_a_held_turn_is_part_of_the_trace_until_pi_has_it() -> None:
+    image = {"type": "image", "mimeType": "image/png", "data": "QQ=="}
+    held = {"t": turn(text="look", at=1_700_000_000_123, payload={"message": "look", "images": [image]})}
+    (event,) = oppi.held_events(held, [])
+    assert event["text"] == "look\ndata:image/png;base64,QQ=="
+    assert (event["id"], event["type"], event["timestamp"]) == ("held-t", "user", "2023-11-14T22:13:20.123Z")
+    assert oppi.held_events(held, [user("look", 1_700_000_000_200)]) == []
 
 
 # outboxes

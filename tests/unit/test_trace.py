@@ -286,3 +286,13 @@ def test_any_tree_gives_the_path_of_its_last_entry(links: list[tuple[int, int | 
     assert len(path) == len(set(path))
     assert all(parents[child] == parent for parent, child in zip(path, path[1:])) or len(parents) < len(links)
     assert path[-1:] == [str(name) for name, _ in links[-1:]]
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [("2023-11-14T22:13:20.123Z", 1_700_000_000_123), ("2023-11-14T22:13:20Z", 1_700_000_000_000), ("soon", 0), (None, 0)],
+)
+def test_iso_times_are_read_and_written(text: Any, ms: int) -> None:
+    assert oppi.iso_ms(text) == ms
+    if ms % 1000:
+        assert oppi.iso_time(ms) == text
