@@ -49,6 +49,32 @@ Map: 1 errors and small tools, 2 settings, 3 identity, 4 shell grammar, 5 policy
 
 from __future__ import annotations
 
+import sys
+
+# The syntax tree of a script stays in memory (15 MB) as long as it runs.  So a server starts over as a module, before
+# anything else is executed: the new process reads the finished code of this file from an open file that has no name.
+# It searches for modules where this one does: those of the folder it is started in would be somebody else's code.
+if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"]):
+    import marshal
+    import os
+
+    _code_path = f"{os.environ.get('TMPDIR') or '/tmp'}/oppi-{os.urandom(16).hex()}"
+    try:
+        with open(os.open(_code_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b") as _code_file:
+            os.unlink(_code_path)
+            _code_file.write(marshal.dumps(sys._getframe().f_code))
+            _code_file.seek(0)
+            os.set_inheritable(_code_file.fileno(), True)
+            _code_runner = (
+                f"import sys; sys.path[:] = {sys.path!r}; import marshal, types; "
+                "oppi = sys.modules['oppi'] = types.ModuleType('oppi'); "
+                f"oppi.__file__ = {os.path.abspath(__file__)!r}; "
+                f"exec(marshal.loads(open({_code_file.fileno()}, 'rb').read()), vars(oppi)); oppi.run()"
+            )
+            os.execv(sys.executable, [sys.executable, "-c", _code_runner, *sys.argv[1:]])
+    except OSError:
+        pass  # no room for a file: then it runs as it is
+
 import calendar
 import contextlib
 import functools
@@ -57,10 +83,9 @@ import json
 import math
 import posixpath
 import re
-import sys
 import time
 from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -328,29 +353,29 @@ def _is_text(value: Any) -> bool:
 
 def _check_int(key: Key, value: Any) -> str:
     if not _is_int(value):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return "expected integer" if number else "expected number"
+        return "expected integer" if isinstance(value, float) else "expected number"
     if value < key.low:
         return f"expected >= {key.low}"
-    if key.high is not None and value > key.high:
-        return f"expected <= {key.high}"
-    return ""
+    return f"expected <= {key.high}" if key.high is not None and value > key.high else ""
 
 
+def _check(expected: str, good: Callable[[Any], bool]) -> Callable[[Key, Any], str]:
+    return lambda key, value: "" if good(value) else f"expected {expected}"
+
+
+# What is wrong with a value for a key, by the key's kind; "" when nothing is.
 CHECKS: dict[str, Callable[[Key, Any], str]] = {
     "int": _check_int,
-    "number": lambda key, value: "" if isinstance(value, (int, float)) else "expected number",
-    "text": lambda key, value: "" if _is_text(value) else "expected non-empty string",
-    "string": lambda key, value: "" if isinstance(value, str) else "expected string",
-    "bool": lambda key, value: "" if isinstance(value, bool) else "expected boolean",
+    "number": _check("number", lambda value: isinstance(value, (int, float))),
+    "text": _check("non-empty string", _is_text),
+    "string": _check("string", lambda value: isinstance(value, str)),
+    "bool": _check("boolean", lambda value: isinstance(value, bool)),
     "choice": lambda key, value: "" if value in key.choices else f"expected one of {', '.join(key.choices)}",
-    "texts": lambda key, value: (
-        "" if isinstance(value, list) and all(map(_is_text, value)) else "expected array of non-empty strings"
+    "texts": _check("array of non-empty strings", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "map": _check(
+        "object of strings", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
     ),
-    "map": lambda key, value: (
-        "" if isinstance(value, dict) and all(isinstance(v, str) for v in value.values()) else "expected object of strings"
-    ),
-    "object": lambda key, value: "" if isinstance(value, dict) else "expected object",
+    "object": _check("object", lambda value: isinstance(value, dict)),
 }
 
 
@@ -398,30 +423,27 @@ class Settings:
 
     def __getitem__(self, path: str) -> Any:
         """Value of a dotted path.  Raises KeyError when it is unknown."""
-        key = KEY_BY_PATH[path]
-        found, value = self._stored(path)
-        if not found and path == "sessionIdleTimeoutMs":
-            found, value = self._stored("sessionTimeout")
+        key, value = KEY_BY_PATH[path], get_path(self.raw, path)
+        if value is None and path == "sessionIdleTimeoutMs":
+            value = self.raw.get("sessionTimeout")
         if path == "security.profile" and value == "legacy":
             return PROFILES[0]
-        return value if found and not CHECKS[key.kind](key, value) else key.default
-
-    def _stored(self, path: str) -> tuple[bool, Any]:
-        node: Any = self.raw
-        for name in path.split("."):
-            if not isinstance(node, dict) or name not in node:
-                return False, None
-            node = node[name]
-        return True, node
+        return key.default if CHECKS[key.kind](key, value) else value
 
     def effective(self) -> Json:
-        """All settings with their values, nested as in the file; state only where it is stored."""
+        """All settings with their values, nested as in the file; state, which has no defaults, where it is stored."""
         result: Json = {}
         for key in KEYS:
-            value = self[key.path]
-            if value is not None and not (key.state and not self._stored(key.path)[0]):
+            if (value := self[key.path]) is not None:
                 put_path(result, key.path, value)
         return result
+
+
+def get_path(source: Any, path: str) -> Any:
+    """What stands at a dotted path of a nested object; None if there is nothing."""
+    for name in path.split("."):
+        source = obj(source).get(name)
+    return source
 
 
 def put_path(target: Json, path: str, value: Any) -> None:
@@ -439,8 +461,7 @@ def parse_setting(path: str, text: str) -> Any:
     """The value `config set PATH TEXT` means.  Raises UsageError with one line for the person."""
     key = Key(path, "object") if path in SECTIONS else KEY_BY_PATH.get(path)
     if key is None or key.state:
-        names = ", ".join(k.path for k in KEYS if not k.state)
-        raise UsageError(f"Unknown key: {path}. Available: {names}")
+        raise UsageError(f"Unknown key: {path}. Available: {', '.join(k.path for k in KEYS if not k.state)}")
     value: Any = text
     if key.kind not in ("text", "string", "choice"):
         try:
@@ -449,10 +470,8 @@ def parse_setting(path: str, text: str) -> Any:
             raise UsageError(f"config.{path}: not valid JSON for {key.kind}: {text}") from None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    problem = CHECKS[key.kind](key, value)
-    errors = config_errors({path: value}) if path in SECTIONS else []
-    if problem or errors:
-        raise UsageError(errors[0] if errors else f"config.{path}: {problem}")
+    if errors := config_errors({path: value}):
+        raise UsageError(errors[0])
     return value
 
 
@@ -462,7 +481,6 @@ def parse_setting(path: str, text: str) -> Any:
 # imported only to sign or to make a key: a fingerprint needs nothing but a hash.
 
 SPKI_ED25519 = bytes.fromhex("302a300506032b6570032100")  # fixed DER header before the 32 raw bytes
-INVITE_FIELDS = ("host", "port", "token", "name", "fingerprint", "securityProfile")
 WRONG_TRIES = 5  # wrong pairing tokens after which every outstanding v3 invite is dead
 PAIR_WINDOW_S, PAIR_BLOCK_S = 60, 120  # five failures of one address in the window block it so long
 PAIRING_TTL_S = 90  # life of an app 1.1 invite
@@ -526,7 +544,7 @@ def public_pem(private_pem: str) -> str:
 
 
 class Invite(NamedTuple):
-    """What an app needs to find and trust a server.  `port` 1-65535, the rest text."""
+    """What an app needs to find and trust a server, in the order it is signed.  `port` 1-65535, the rest text."""
 
     host: str
     port: int
@@ -539,7 +557,7 @@ class Invite(NamedTuple):
 def signing_input(envelope: Json) -> str:
     """The 13 lines an app 1.0 invite signs.  Raises ValueError for a control character in a value."""
     pairs = [(name, envelope[name]) for name in ("v", "alg", "kid", "iat", "exp", "nonce", "publicKey")]
-    pairs += [(name, envelope["payload"][name]) for name in INVITE_FIELDS]
+    pairs += [(name, envelope["payload"][name]) for name in Invite._fields]
     lines = [f"{name}={value}" for name, value in pairs]
     if any(ord(char) < 32 or ord(char) == 127 for line in lines for char in line):
         raise ValueError("control character in an invite")
@@ -559,12 +577,10 @@ def signed_invite(invite: Invite, private_pem: str, key_id: str, now: int, max_a
 
 def pairing_invite(invite: Invite, scheme: str = "http", pin: str = "") -> Json:
     """The v3 payload of app 1.1; `pin` is the TLS certificate's fingerprint, if there is one."""
-    payload: Json = {"v": 3, "host": invite.host, "port": invite.port, "scheme": scheme, "token": ""}
-    payload.update({"pairingToken": invite.token, "name": invite.name})
-    if pin:
-        payload["tlsCertFingerprint"] = pin
-    payload["fingerprint"] = invite.fingerprint
-    return payload
+    return {
+        "v": 3, "host": invite.host, "port": invite.port, "scheme": scheme, "token": "", "pairingToken": invite.token,
+        "name": invite.name, **({"tlsCertFingerprint": pin} if pin else {}), "fingerprint": invite.fingerprint,
+    }  # fmt: skip
 
 
 def invite_link(invite: Json) -> str:
@@ -581,17 +597,9 @@ class Access:
 
     def __init__(self, state: Json, owner: str = "", moved: Sequence[str] = ()) -> None:
         self.state, self.owner = state, owner
-        self.moved = {token_hash(token): token for token in moved}
-
-    @property
-    def devices(self) -> list[Json]:
-        found: list[Json] = self.state.setdefault("devices", [])
-        return found
-
-    @property
-    def invites(self) -> list[Json]:
-        found: list[Json] = self.state.setdefault("invites", [])
-        return found
+        self.devices: list[Json] = state.setdefault("devices", [])
+        self.invites: list[Json] = state.setdefault("invites", [])
+        self.moved = {"moved:" + token_hash(token)[-12:]: token for token in moved}  # by principal
 
     def invite(self, kind: str, token: str, expires: int, name: str) -> None:
         """Remember the secret of a fresh invite of `kind` v2 or v3."""
@@ -599,15 +607,14 @@ class Access:
 
     def add(self, name: str, token: str, kind: str, now: int) -> Json:
         """Make a device that is known by `token`."""
-        device = {"id": new_id(), "name": name, "kind": kind, "hash": token_hash(token), "createdAt": now}
-        device.update(name=self._unused(name), lastUsedAt=0 if kind == "script" else now)
+        taken = {device["name"] for device in self.devices}  # devices are revoked by name, so each has its own
+        names = itertools.chain([name], (f"{name} ({n})" for n in itertools.count(2)))
+        device = {
+            "id": new_id(), "name": next(each for each in names if each not in taken), "kind": kind,
+            "hash": token_hash(token), "createdAt": now, "lastUsedAt": 0 if kind == "script" else now,
+        }  # fmt: skip
         self.devices.append(device)
         return device
-
-    def _unused(self, name: str) -> str:
-        """`name`, with a number if a device has it already: devices are revoked by name."""
-        names = {device["name"] for device in self.devices}
-        return next(found for n in itertools.count(1) for found in [f"{name} ({n})" if n > 1 else name] if found not in names)
 
     def who(self, token: str, now: int) -> tuple[str, bool]:
         """(id of the principal that presents `token` or "", whether the state changed).
@@ -616,59 +623,57 @@ class Access:
         All hashes are compared, so that the time taken tells nothing.
         """
         presented, found, changed = token_hash(token), "", self.expire(now)
-        for device in self.devices:
-            if same_secret(device["hash"], presented):
-                found = device["id"]
         for invite in [i for i in self.invites if i["kind"] == "v2"]:
             if same_secret(invite["hash"], presented):
                 self.invites.remove(invite)
-                found, changed = self.add(invite["name"], token, "v2", now)["id"], True
-        for key in self.moved:
-            if same_secret(key, presented):
-                found = "moved:" + key[-12:]
-        if self.owner and same_secret(self.owner, token):
-            found = self.owner_name()
+                changed = bool(self.add(invite["name"], token, "v2", now))
+        for known, principal in self._known():
+            if same_secret(known, presented):
+                found = principal
         return found, changed
+
+    def _known(self) -> list[tuple[str, str]]:
+        """(hash of the token, principal) of everyone who may come in."""
+        known = [(device["hash"], device["id"]) for device in self.devices]
+        known += [(token_hash(token), principal) for principal, token in self.moved.items()]
+        return known + ([(token_hash(self.owner), self.owner_name())] if self.owner else [])
 
     def owner_name(self) -> str:
         """Principal of the owner token; another one after each rotation."""
-        return "owner:" + token_hash(self.owner)[-12:] if self.owner else ""
+        return "owner:" + token_hash(self.owner)[-12:]
 
     def principals(self) -> set[str]:
         """Everyone whose token is valid now."""
-        return {d["id"] for d in self.devices} | {"moved:" + key[-12:] for key in self.moved} | {self.owner_name()}
+        return {principal for _, principal in self._known()}
 
     def redeem(self, token: str, now: int) -> str:
         """The device token a pairing token is exchanged for, or "" if it is wrong, used or too old."""
         self.expire(now)
         presented, match = token_hash(token), None
-        for invite in self.invites:
-            if invite["kind"] == "v3" and same_secret(invite["hash"], presented):
+        pairing = [i for i in self.invites if i["kind"] == "v3"]
+        for invite in pairing:
+            if same_secret(invite["hash"], presented):
                 match = invite
         if match is None:
-            self._wrong_try()
+            for invite in pairing:
+                invite["failures"] += 1
+            self.invites[:] = [i for i in self.invites if i["failures"] < WRONG_TRIES]
             return ""
         self.invites.remove(match)
         device_token = new_token("dt")
         self.add(match["name"], device_token, "v3", now)
         return device_token
 
-    def _wrong_try(self) -> None:
-        for invite in self.invites:
-            invite["failures"] += invite["kind"] == "v3"
-        self.state["invites"] = [i for i in self.invites if i["failures"] < WRONG_TRIES]
-
     def expire(self, now: int) -> bool:
         """Drop invites past their time; whether there were any."""
-        fresh = [i for i in self.invites if i["expiresAt"] > now]
-        changed = len(fresh) != len(self.invites)
-        self.state["invites"] = fresh
-        return changed
+        before = len(self.invites)
+        self.invites[:] = [i for i in self.invites if i["expiresAt"] > now]
+        return len(self.invites) != before
 
     def revoke(self, name: str) -> list[str]:
         """Remove the devices with this name or id; their ids."""
         gone = [d["id"] for d in self.devices if name in (d["name"], d["id"])]
-        self.state["devices"] = [d for d in self.devices if d["id"] not in gone]
+        self.devices[:] = [d for d in self.devices if d["id"] not in gone]
         return gone
 
 
@@ -3649,6 +3654,7 @@ def log(tag: str, text: str) -> None:
 # agree at once.  Unknown keys survive every rewrite.
 
 AUDIT_LIMIT = 10 * 1024 * 1024  # bytes, then the file is rotated
+AUDIT_TAIL = 1024 * 1024  # bytes in which its last line is looked for at the start
 
 
 def make_private(path: str) -> None:
@@ -3677,6 +3683,16 @@ def write_file(path: str, data: bytes) -> None:
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def read_file(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_text(path: str) -> str:
+    """A key file.  Raises OSError, or ValueError if there is more than ASCII in it."""
+    return read_file(path).decode("ascii")
 
 
 def pretty(value: Any) -> bytes:
@@ -3716,7 +3732,7 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Exclusive use of config.json and devices.json among processes."""
+        """Exclusive use of config.json, devices.json and rules.json among processes."""
         descriptor = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -3731,15 +3747,15 @@ class Store:
         token, so it is neither guessed at nor replaced."""
         path = self.path("config.json")
         try:
-            with open(path, "rb") as file:
-                raw = parse_json(file.read())
+            raw = parse_json(read_file(path))
+            problem = "" if isinstance(raw, dict) else "is not a JSON object"
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read ({error}); it was left as it is. Repair it or move it away.") from None
-        if not isinstance(raw, dict):
-            raise UsageError(f"{path} is not a JSON object; it was left as it is. Repair it or move it away.")
-        return raw
+            problem = f"cannot be read ({error})"
+        if problem:
+            raise UsageError(f"{path} {problem}; it was left as it is. Repair it or move it away.")
+        return obj(raw)
 
     def settings(self) -> Settings:
         """The configuration; a default one is written if there is none."""
@@ -3768,7 +3784,7 @@ class Store:
 
     def read_access(self) -> Access:
         """Devices and invites, with the owner token and the device tokens of an original 1.1."""
-        raw, state = self.read_config(), self._read(self.path("devices.json"), dict) or {}
+        raw, state = self.read_config(), self._read(self.path("devices.json"))
         state["devices"] = [d for d in map(obj, arr(state.get("devices"))) if len(typed(d, DEVICE_TYPES)) == 4]
         state["invites"] = [i for i in map(obj, arr(state.get("invites"))) if len(typed(i, INVITE_TYPES)) == 5]
         owner = str(raw.get("token") or "")
@@ -3789,47 +3805,41 @@ class Store:
 
     # records
 
-    def _read(self, path: str, kind: type) -> Any:
-        """JSON of a file if it is there and a `kind`; anything else is set aside."""
+    def _read(self, path: str) -> Json:
+        """JSON object of a file, {} if there is none; anything else is set aside."""
         try:
-            with open(path, "rb") as file:
-                value = parse_json(file.read())
+            value = parse_json(read_file(path))
+            if isinstance(value, dict):
+                return value
+            set_aside(path, "not what it should be")
         except FileNotFoundError:
-            return None
+            pass
         except ValueError as error:
             set_aside(path, str(error))
-            return None
-        if not isinstance(value, kind):
-            set_aside(path, "not what it should be")
-            return None
-        return value
+        return {}
 
     def load(self) -> None:
         """Read sessions and workspaces.  What was running is stopped now: its pi is gone."""
         self.prepare()
         for folder, records in (("sessions", self.sessions), ("workspaces", self.workspaces)):
             for name in sorted(os.listdir(self.path(folder))):
-                key, dot, ending = name.partition(".")
-                if ending == "json" and re.fullmatch(ID_PATTERN, key):
-                    self._load_record(folder, name, records)
+                if re.fullmatch(ID_PATTERN + r"\.json", name):
+                    self._load_record(self.path(folder, name), name[:-5], records)
         self.rules.now()
 
-    def _load_record(self, folder: str, name: str, records: dict[str, Json]) -> None:
-        path = self.path(folder, name)
+    def _load_record(self, path: str, key: str, records: dict[str, Json]) -> None:
         try:
-            value = self._read(path, dict)
+            value = self._read(path)
         except OSError as error:
             log("store", f"{path}: {error.strerror}; left as it is")
             return
-        if value is None:
-            return
-        record = value.get("session") if folder == "sessions" else value
-        if not isinstance(record, dict) or not isinstance(record.get("id"), str) or record["id"] + ".json" != name:
+        record = obj(value.get("session")) if records is self.sessions else value
+        if record.get("id") == key:
+            records[key] = record
+            if records is self.sessions and record.get("status") not in ("stopped", "error"):
+                record["status"], self.unclean = "stopped", True
+        elif os.path.exists(path):
             set_aside(path, "no record of that id in it")
-            return
-        if folder == "sessions" and record.get("status") not in ("stopped", "error"):
-            record["status"], self.unclean = "stopped", True
-        records[record["id"]] = record
 
     def background(self, work: Callable[[], Any]) -> Any:
         """Run `work` on the writer thread, after all earlier work; a concurrent Future."""
@@ -3844,15 +3854,13 @@ class Store:
         path, text = self.path("sessions", record["id"] + ".json"), dumps(record)
 
         def work() -> None:
-            content = self._read(path, dict) or {}
-            content["session"] = json.loads(text)
-            write_file(path, pretty(content))
+            write_file(path, pretty({**self._read(path), "session": json.loads(text)}))
 
         return self.background(work)
 
     def read_turns(self, session_id: str) -> list[Any]:
         """Turns of a session as they were saved."""
-        return arr(obj(self._read(self.path("turns", session_id + ".json"), dict)).get("turns"))
+        return arr(obj(self._read(self.path("turns", session_id + ".json"))).get("turns"))
 
     def save_turns(self, session_id: str, turns: list[Json]) -> Any:
         data = encode({"turns": turns})
@@ -3900,27 +3908,20 @@ class Store:
                 )
             if not create:
                 return "", ""
-            self._create_identity(private, public)
+            make_private(os.path.dirname(private))
+            with self.locked():
+                if not os.path.exists(private):  # another command may have been faster
+                    for path, text in zip((private, public), generate_identity()):
+                        write_file(path, text.encode())
         try:
-            print_ = self._fingerprint(private, public)
+            if not os.path.exists(public):
+                write_file(public, public_pem(read_text(private)).encode())
+            print_ = fingerprint(public_raw(read_text(public)))
         except (OSError, ValueError) as error:
             raise UsageError(f"The identity key {private} cannot be used: {error}") from None
         if print_ != known:
             self.change_config(lambda raw: put_path(raw, "identity.fingerprint", print_))
         return private, print_
-
-    def _create_identity(self, private: str, public: str) -> None:
-        private_text, public_text = generate_identity()
-        make_private(os.path.dirname(private))
-        write_file(private, private_text.encode())
-        write_file(public, public_text.encode())
-
-    def _fingerprint(self, private: str, public: str) -> str:
-        if not os.path.exists(public):
-            with open(private, encoding="ascii") as file:
-                write_file(public, public_pem(file.read()).encode())
-        with open(public, encoding="ascii") as file:
-            return fingerprint(public_raw(file.read()))
 
     def check_identity(self) -> None:
         """Make the identity if there is none.  Raises UsageError if the public key file is not the private key's."""
@@ -3928,11 +3929,10 @@ class Store:
         if not os.path.exists(private):
             self.identity(create=True)
         try:
-            with open(private, encoding="ascii") as file:
-                derived = public_raw(public_pem(file.read()))
+            derived = public_raw(public_pem(read_text(private)))
         except ValueError:
             raise UsageError(f"The identity key {private} cannot be read as an Ed25519 key") from None
-        if os.path.exists(public) and self._fingerprint(private, public) != fingerprint(derived):
+        if os.path.exists(public) and public_raw(read_text(public)) != derived:
             raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
 
 
@@ -3956,16 +3956,13 @@ class Rules:
                 self.lasting = self._read()
             except (OSError, ValueError) as error:
                 self.lasting, self.broken = [], True
-                log(
-                    "policy",
-                    f"{self.path} cannot be read ({error}); it was left as it is. All calls are asked until it is repaired.",
-                )
+                problem = f"{self.path} cannot be read ({error}); it was left as it is."
+                log("policy", f"{problem} All calls are asked until it is repaired.")
         return [*self.lasting, *self.of_sessions]
 
     def _read(self) -> list[Json]:
         try:
-            with open(self.path, "rb") as file:
-                rules = parse_json(file.read() or b"[]")
+            rules = parse_json(read_file(self.path) or b"[]")
         except FileNotFoundError:
             return []
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
@@ -4016,7 +4013,8 @@ class AuditLog:
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "r+b") as file:
             size = file.seek(0, os.SEEK_END)
-            tail = self._tail(file, size)
+            file.seek(max(0, size - (AUDIT_TAIL if self._head is None else 1)))  # all that counts later is the line end
+            tail: bytes = next(iter(deque(file, 1)), b"")
             self._head = self._resumed(tail) if self._head is None else self._head
             line = encode({**entry, "prev": self._head})
             file.write((b"\n" if tail and not tail.endswith(b"\n") else b"") + line + b"\n")
@@ -4027,21 +4025,14 @@ class AuditLog:
         if size + len(line) >= AUDIT_LIMIT:
             os.replace(self.path, self.path + ".1")
 
-    @staticmethod
-    def _tail(file: Any, size: int) -> bytes:
-        """The last line, with the line end it may have."""
-        file.seek(max(0, size - 1024 * 1024))
-        lines: list[bytes] = file.read().splitlines(keepends=True)
-        return lines[-1] if lines else b""
-
     def _resumed(self, tail: bytes) -> str:
         """The hash to go on from: that of audit.head, or of the last line if a crash came between the two."""
         head, last = self.head(), line_hash(tail.rstrip(b"\n")) if tail else ""
         return last if not head or (tail and self._entry(tail).get("prev") == head) else head
 
     def head(self) -> str:
-        with contextlib.suppress(OSError), open(self.head_path, encoding="ascii", errors="replace") as file:
-            return file.read().strip()
+        with contextlib.suppress(OSError):
+            return read_file(self.head_path).decode("ascii", "replace").strip()
         return ""
 
     @staticmethod
@@ -4053,8 +4044,7 @@ class AuditLog:
 
     def lines(self, path: str) -> Iterator[bytes]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            for line in file:
-                yield line.rstrip(b"\n")
+            yield from (line.rstrip(b"\n") for line in file)
 
     def entries(self, limit: int, wanted: Callable[[Json], bool]) -> list[Json]:
         """The newest entries of the current file, the newest first."""
@@ -4110,18 +4100,8 @@ def _logged(work: Callable[[], Any]) -> Any:
 # written into pi's directories, for a skill instructs an agent that runs as the person.
 
 SKILL_LIMIT = 1024 * 1024  # bytes of a SKILL.md that are read
-HOST_ONLY = (
-    "MLX",
-    "mlx",
-    "lmstudio",
-    "LM Studio",
-    "/Users/",
-    "homebrew",
-    "my-mac",
-    "mac-mini",
-    "tmux send-keys",
-    "tmux new-window",
-)
+HOST_ONLY = ("MLX", "mlx", "lmstudio", "LM Studio", "/Users/", "homebrew", "my-mac", "mac-mini", "tmux send-keys",
+             "tmux new-window")  # fmt: skip
 
 
 def agent_dir() -> str:
@@ -4221,14 +4201,15 @@ def read_env_file(path: str) -> dict[str, str]:
 
 def path_entries(settings: Settings, values: dict[str, str]) -> list[tuple[str, str]]:
     """(directory, where it comes from) of the PATH for pi, each once."""
-    entries = [(entry, "env file") for entry in values.get("PATH", "").split(":")]
-    for entry in (*settings["runtimePathEntries"], *WELL_KNOWN):
-        entries.append((os.path.expanduser(entry), "well-known"))
-    entries = [(entry, origin) for entry, origin in entries if origin == "env file" or os.path.isdir(entry)]
-    entries += [(entry, "inherited") for entry in os.environ.get("PATH", "").split(":")]
+    known = map(os.path.expanduser, (*settings["runtimePathEntries"], *WELL_KNOWN))
+    sources = {
+        "env file": values.get("PATH", "").split(":"),
+        "well-known": filter(os.path.isdir, known),
+        "inherited": os.environ.get("PATH", "").split(":"),
+    }
     origins: dict[str, str] = {}
-    for entry, origin in entries:
-        if entry:
+    for origin, entries in sources.items():
+        for entry in filter(None, entries):
             origins.setdefault(entry, origin)
     return list(origins.items())
 
@@ -4242,12 +4223,6 @@ def host_environment(settings: Settings, root: str) -> dict[str, str]:
     env["PATH"] = ":".join(entry for entry, _ in path_entries(settings, values))
     env.update(PI_SKIP_VERSION_CHECK="1", PI_TELEMETRY="0")
     return env
-
-
-def find_pi(env: dict[str, str]) -> str:
-    """The `pi` program: OPPI_PI_BIN if it exists, else the first on PATH, else ""."""
-    given = os.environ.get("OPPI_PI_BIN", "")
-    return given if given and os.path.exists(given) else shutil.which("pi", path=env["PATH"]) or ""
 
 
 def short_host() -> str:
@@ -4297,10 +4272,12 @@ class PiInfo:
         self.models: list[Json] = []
         self._asked: tuple[Any, ...] = ()
         self._models_at = -1e9
-        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._listing: asyncio.Task[None] | None = None
 
     def path(self) -> str:
-        return find_pi(self.environment())
+        """The `pi` program: OPPI_PI_BIN if it exists, else the first on PATH, else ""."""
+        given = os.environ.get("OPPI_PI_BIN", "")
+        return given if given and os.path.exists(given) else shutil.which("pi", path=self.environment()["PATH"]) or ""
 
     async def known_version(self) -> tuple[int, ...]:
         """Version of the installed pi; () if it cannot be told.  P73 prints it on stderr."""
@@ -4315,22 +4292,21 @@ class PiInfo:
 
     async def known_models(self) -> list[Json]:
         """The models; waits only if none were ever listed."""
-        if time.monotonic() - self._models_at > self.MODELS_AGE_S and "models" not in self._tasks:
-            self._tasks["models"] = asyncio.ensure_future(self._list_models())
-        if self._models_at < 0 and "models" in self._tasks:
-            await asyncio.shield(self._tasks["models"])
+        if time.monotonic() - self._models_at > self.MODELS_AGE_S and not self._listing:
+            self._listing = asyncio.ensure_future(self._list_models())
+        if self._models_at < 0 and self._listing:
+            await asyncio.shield(self._listing)
         return self.models
 
     async def _list_models(self) -> None:
         try:
-            path = self.path()
-            if path:
+            if path := self.path():
                 code, out, err = await run_program([path, "--list-models"], self.environment())
                 found = parse_models(out + "\n" + err)
                 self.models = found or ([] if code == 0 and "No models" in out + err else self.models)
             self._models_at = time.monotonic()
         finally:
-            self._tasks.pop("models", None)
+            self._listing = None
 
     def window(self, model: str) -> int:
         """Context window of a model in tokens, from the list or guessed."""
@@ -7522,56 +7498,62 @@ class Server:
 
 
 # ═════════════════════════════════════ 20. Command line ══════════════════════════════════
-# Every command: `--data-dir`, `--json` where it prints facts, one line on stderr and exit 1 when it
-# fails.  Modules that cost time (asyncio, cryptography, qrcode) are imported by the command that
-# needs them.
+# ONE table of commands and their options.  A command gets the store and what was typed, hands what it
+# found to `show`, which prints it for a person or as JSON, and returns the exit code; whatever fails
+# is one line on stderr and exit 1.  Modules that cost time (asyncio, cryptography, qrcode) are
+# imported by the command that needs them.
 
 DEFAULT_DIR = "~/.config/oppi"
 POPULAR = ("anthropic/claude-sonnet-4-0", "openai-codex/gpt-5.3-codex", "google/gemini-2.5-pro")
 ARCHIVE = ""  # path of the archive this runs from, set by its bootstrap
 
 
-def data_dir(args: argparse.Namespace) -> str:
-    return str(args.data_dir or os.environ.get("OPPI_DATA_DIR") or DEFAULT_DIR)
+def show(args: argparse.Namespace, facts: Any, lines: Iterable[str] | None = None, code: int = 0) -> int:
+    """Print facts as JSON, or lines for a person (None: JSON for everybody); `code` is passed on."""
+    if args.json or lines is None:
+        lines = [json.dumps(facts, indent=2, ensure_ascii=False)]
+    for line in lines:
+        print(line)
+    return code
 
 
-def show(args: argparse.Namespace, facts: Json, lines: Iterable[str]) -> None:
-    """Facts as JSON, or lines for a person."""
-    if args.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-    else:
-        for line in lines:
-            print(line)
+def need(given: Any, usage: str) -> None:
+    if not given:
+        raise UsageError(f"Usage: oppi {usage}")
 
 
-def program() -> list[str]:
-    """How this program was started, to start it again."""
-    return [sys.executable, os.path.abspath(ARCHIVE or __file__)]
+def clock(ms: Any, form: str = "%Y-%m-%d %H:%M") -> str:
+    """A stored time on this machine's clock."""
+    return time.strftime(form, time.localtime(whole(ms) / 1000))
 
 
-def quick(argv: Sequence[str]) -> str:
-    """First line a helper program prints; "" if it is missing, slow or fails."""
-    if not shutil.which(argv[0]):
-        return ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=3, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode == 0:
+def at_terminal(stream: Any) -> bool:
+    return stream is not None and bool(stream.isatty())
+
+
+def quick(*argv: str) -> str:
+    """What a helper program prints; "" if it is missing, slow or fails."""
+    if shutil.which(argv[0]):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=3, check=True, stdin=subprocess.DEVNULL)
             return done.stdout.strip()
     return ""
 
 
 def host_names() -> Json:
-    """tailscaleName, tailscaleIp, localName, lanIp: where this machine can be found, "" if not."""
-    names: Json = {"tailscaleName": "", "tailscaleIp": quick(["tailscale", "ip", "-4"]).partition("\n")[0]}
-    with contextlib.suppress(ValueError, AttributeError):
-        status = parse_json(quick(["tailscale", "status", "--json"]) or "{}")
-        names["tailscaleName"] = str((status.get("Self") or {}).get("DNSName") or "").rstrip(".")
-    local = quick(["scutil", "--get", "LocalHostName"])
+    """The names and addresses of this machine, "" where there is none."""
+    status: Any = {}
+    with contextlib.suppress(ValueError):
+        status = parse_json(quick("tailscale", "status", "--json"))
+    local = quick("scutil", "--get", "LocalHostName")
     if not local and os.path.exists("/run/avahi-daemon/socket"):
         local = short_host()
-    names["localName"] = f"{local}.local" if local else ""
-    names["lanIp"] = lan_ip()
-    return names
+    return {
+        "tailscaleName": str(obj(obj(status).get("Self")).get("DNSName") or "").rstrip("."),
+        "tailscaleIp": quick("tailscale", "ip", "-4").partition("\n")[0],
+        "localName": f"{local}.local" if local else "",
+        "lanIp": lan_ip(),
+    }
 
 
 def lan_ip() -> str:
@@ -7596,32 +7578,35 @@ def invite_host(given: str | None, bound: str) -> tuple[str, str]:
     raise UsageError("No address of this machine was found for the invite. Give one: oppi pair --host NAME")
 
 
-def label_of(host: str) -> str:
-    """First DNS label of a host; an address as it is."""
-    return host if re.fullmatch(r"[\d.]+|.*:.*", host) else host.split(".")[0]
+def running(root: str) -> Json:
+    """pid, host and port of the server on a data directory, {} if none runs."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(root, "serve.lock"), "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return obj(parse_json(file.read()))
+    return {}
 
 
-def make_invites(store: Store, host: str, port: int, name: str | None, ttl_s: int) -> Json:
-    """Fresh invites for both apps: {v3, v2, private data for the caller}; their secrets are stored hashed."""
+def make_invites(store: Store, host: str, port: int, label: str, ttl_s: int) -> tuple[Json, Json]:
+    """Fresh invites for app 1.1 and app 1.0; their secrets are stored hashed."""
     store.check_identity()
     private, print_ = store.identity()
-    settings, now, label = store.settings(), now_ms(), (name or "").strip() or label_of(host)
-    profile, age = settings["security.profile"], settings["invite.maxAgeSeconds"]
-    pairing, pending = new_token("pt"), new_token("dt")
-    invite = Invite(host, port, pairing, label, print_, profile)
-    with open(private, encoding="ascii") as file:
-        try:
-            v2 = signed_invite(invite._replace(token=pending), file.read(), settings["identity.keyId"], now, age, new_id(16))
-        except ValueError as error:
-            raise UsageError(f"No invite can be made: {error}") from None
+    settings, now, pairing, pending = store.settings(), now_ms(), new_token("pt"), new_token("dt")
+    key_id, age = settings["identity.keyId"], settings["invite.maxAgeSeconds"]
+    invite = Invite(host, port, pairing, label, print_, settings["security.profile"])
+    try:
+        v2 = signed_invite(invite._replace(token=pending), read_text(private), key_id, now, age, new_id(16))
+    except ValueError as error:
+        raise UsageError(f"No invite can be made: {error}") from None
 
     def remember(access: Access) -> None:
         access.expire(now)
-        access.invite("v3", pairing, now + ttl_s * 1000, f"Phone paired {time.strftime('%Y-%m-%d %H:%M')}")
-        access.invite("v2", pending, now + age * 1000, f"Phone (app 1.0) paired {time.strftime('%Y-%m-%d %H:%M')}")
+        access.invite("v3", pairing, now + ttl_s * 1000, f"Phone paired {clock(now)}")
+        access.invite("v2", pending, now + age * 1000, f"Phone (app 1.0) paired {clock(now)}")
 
     store.change_access(remember)
-    return {"v3": pairing_invite(invite), "v2": v2, "ttl": ttl_s, "age": age}
+    return pairing_invite(invite), v2
 
 
 def qr_lines(text: str, color: bool) -> list[str]:
@@ -7634,58 +7619,98 @@ def qr_lines(text: str, color: bool) -> list[str]:
     code.make(fit=True)
     rows = code.get_matrix()
     rows.append([False] * len(rows[0]))
-    lines = []
-    for upper, lower in zip(rows[::2], rows[1::2]):
-        line = "".join(" ▀▄█"[up + 2 * down] for up, down in zip(upper, lower))
-        lines.append(f"\033[30;107m{line}\033[0m" if color else line)
-    return lines
+    form = "\033[30;107m{}\033[0m" if color else "{}"
+    pairs = zip(rows[::2], rows[1::2])
+    return [form.format("".join(" ▀▄█"[up + 2 * down] for up, down in zip(*pair))) for pair in pairs]
 
 
-def at_terminal(stream: Any) -> bool:
-    return stream is not None and bool(stream.isatty())
+def invite_lines(invite: Json, title: str, seconds: int) -> Iterator[str]:
+    """A QR code with what it is for."""
+    terminal = at_terminal(sys.stdout)
+    lines = qr_lines(dumps(invite), terminal and "NO_COLOR" not in os.environ)
+    room = shutil.get_terminal_size((0, 0)).columns if terminal else 0
+    yield f"\n  {title}: scan within {seconds} seconds, works once\n"
+    if room and len(re.sub(r"\033\[[0-9;]*m", "", lines[0])) + 2 > room:
+        yield f"  (the terminal is too narrow for this code: it needs {len(lines[0])} columns)"
+    else:
+        yield from ("  " + line for line in lines)
+    yield f"\n  {invite_link(invite)}"
 
 
-def use_color() -> bool:
-    return at_terminal(sys.stdout) and "NO_COLOR" not in os.environ
-
-
-def print_invites(invites: Json, width: int) -> None:
-    """Both QR codes with what they are for."""
-    kinds = (("v3", "Oppi app 1.1 or newer", invites["ttl"]), ("v2", "Oppi app 1.0", invites["age"]))
-    for kind, title, seconds in kinds:
-        text = dumps(invites[kind])
-        lines = qr_lines(text, use_color())
-        print(f"\n  {title}: scan within {seconds} seconds, works once\n")
-        if width and len(re.sub(r"\033\[[0-9;]*m", "", lines[0])) + 2 > width:
-            print(f"  (the terminal is too narrow for this code: it needs {len(lines[0])} columns)")
-        else:
-            print("\n".join("  " + line for line in lines))
-        print(f"\n  {invite_link(invites[kind])}")
-
-
-def cmd_pair(args: argparse.Namespace) -> int:
-    store = Store(data_dir(args))
+def cmd_pair(store: Store, args: argparse.Namespace) -> int:
     settings = store.settings()
     store.owner_token()
     server = running(store.root)
     host, kind = invite_host(args.host, server.get("host") or settings["host"])
     port = server.get("port") or settings["port"] if args.port is None else args.port
     if not 0 < port < 65536 or args.ttl < 1:
-        raise UsageError("An invite needs a port from 1 to 65535 and a ttl of at least 1 second; give them with --port and --ttl")
-    invites = make_invites(store, host, port, args.name, args.ttl)
-    v3, v2 = invites["v3"], invites["v2"]
-    if args.json:
-        names = ("host", "port", "scheme", "name", "pairingToken", "fingerprint")
-        facts = {**{name: v3[name] for name in names}, "inviteURL": invite_link(v3), "inviteURLv2": invite_link(v2)}
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-        return 0
-    print(f"  Pair with {v3['name']} at {host}:{port} ({kind})\n  Fingerprint {v3['fingerprint']}")
-    print_invites(invites, shutil.get_terminal_size((0, 0)).columns if at_terminal(sys.stdout) else 0)
-    return 0
+        advice = "give them with --port and --ttl"
+        raise UsageError(f"An invite needs a port from 1 to 65535 and a ttl of at least 1 second; {advice}")
+    label = host if re.fullmatch(r"[\d.]+|.*:.*", host) else host.split(".")[0]
+    v3, v2 = make_invites(store, host, port, (args.name or "").strip() or label, args.ttl)
+    facts = {name: v3[name] for name in ("host", "port", "scheme", "name", "pairingToken", "fingerprint")}
+    facts.update(inviteURL=invite_link(v3), inviteURLv2=invite_link(v2))
+    head = [f"  Pair with {v3['name']} at {host}:{port} ({kind})", f"  Fingerprint {v3['fingerprint']}"]
+    new = invite_lines(v3, "Oppi app 1.1 or newer", args.ttl)
+    old = invite_lines(v2, "Oppi app 1.0", settings["invite.maxAgeSeconds"])
+    return show(args, facts, itertools.chain(head, new, old))
 
 
-def cmd_serve(args: argparse.Namespace) -> int:
-    store = Store(data_dir(args))
+def cmd_token(store: Store, args: argparse.Namespace) -> int:
+    if not store.settings().raw.get("token"):
+        raise UsageError("Not paired yet: there is no owner token to rotate")
+
+    def rotate(raw: Json) -> None:
+        raw["token"] = new_token("sk")
+        if not args.keep_devices:
+            raw.pop("authDeviceTokens", None)
+
+    def forget(access: Access) -> None:
+        access.invites.clear()
+        if not args.keep_devices:
+            access.devices.clear()
+
+    store.change_config(rotate)
+    store.change_access(forget)
+    kept = "Devices keep their tokens." if args.keep_devices else "Every device must pair again: oppi pair"
+    return show(args, {"rotated": True, "devicesKept": args.keep_devices}, [f"Owner token rotated. {kept}"])
+
+
+def list_devices(store: Store, args: argparse.Namespace) -> int:
+    store.settings()
+    access = store.read_access()
+    rows = [{k: d.get(k) for k in ("id", "name", "kind", "createdAt", "lastUsedAt")} for d in access.devices]
+    rows += [{"id": name, "name": "paired with the original", "kind": "moved"} for name in access.moved]
+    lines = []
+    for row in rows:
+        used = clock(row["lastUsedAt"]) if whole(row.get("lastUsedAt")) else "-"
+        lines.append(f"{row['id']:<20} {used:<17} {KINDS.get(str(row['kind']), ''):<8} {row['name']}")
+    return show(args, {"devices": rows}, lines or ["No devices. Pair a phone with: oppi pair"])
+
+
+def add_device(store: Store, args: argparse.Namespace) -> int:
+    store.settings()
+    need(args.name, "devices add NAME")
+    token = new_token("dt")
+    device: Json = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
+    lines = [f"Token of {args.name}, shown only now:", f"  {token}"] if at_terminal(sys.stdout) else [token]
+    return show(args, {"id": device["id"], "name": args.name, "token": token}, lines)
+
+
+def revoke_device(store: Store, args: argparse.Namespace) -> int:
+    store.settings()
+    need(args.name, "devices revoke NAME")
+    gone: list[str] = store.change_access(lambda access: access.revoke(args.name))
+    if token := store.read_access().moved.get(args.name):
+        gone.append(args.name)
+        store.change_config(lambda raw: raw.update(authDeviceTokens=[t for t in raw["authDeviceTokens"] if t != token]))
+    if not gone:
+        raise UsageError(f"No device named {args.name}")
+    text = f"Revoked {len(gone)} device(s); connected ones are cut off within a second"
+    return show(args, {"revoked": gone}, [text])
+
+
+def cmd_serve(store: Store, args: argparse.Namespace) -> int:
     server = Server(store)
     for warning in server.settings.warnings:
         print(f"{warning}; using the default", file=sys.stderr)
@@ -7700,9 +7725,8 @@ def cmd_serve(args: argparse.Namespace) -> int:
 
     def announce(server: Server, port: int) -> None:
         facts = {"event": "listening", "host": host, "port": port, "pid": os.getpid()}
-        facts.update(fingerprint=server.fingerprint, dataDir=store.root)
         if args.json:
-            print(dumps(facts), flush=True)
+            print(dumps({**facts, "fingerprint": server.fingerprint, "dataDir": store.root}), flush=True)
         else:
             greet(server, host, port)
 
@@ -7712,161 +7736,67 @@ def cmd_serve(args: argparse.Namespace) -> int:
 
 def greet(server: Server, host: str, port: int) -> None:
     """What a person sees when the server is up: where it is, what is missing, and how to pair."""
-    wild = host in ("0.0.0.0", "::")
-    found = [name for name in host_names().values() if name] if wild else [host]
+    wild, devices = host in ("0.0.0.0", "::"), len(server.access.devices) + len(server.access.moved)
     print(f"oppi {__version__} is listening on {host}:{port}")
-    for name in found:
+    for name in filter(None, host_names().values() if wild else [host]):
         print(f"  http://{name}:{port}")
     print(f"  Data         {server.store.root}\n  Fingerprint  {server.fingerprint}")
-    problems = pi_problems(server.pi)
-    for problem in problems:
+    for problem in pi_problems(server.pi):
         print(f"  Missing: {problem}")
-    devices = len(server.access.devices) + len(server.access.moved)
     if devices:
         print(f"  Devices      {devices} paired; pair another with: oppi pair")
     print("  Stop with Ctrl+C", flush=True)
     if not devices:
+        program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
         command = ["pair", "--data-dir", server.store.root, "--port", str(port)]
-        subprocess.Popen([*program(), *command, *([] if wild else ["--host", host])], stdin=subprocess.DEVNULL)
+        subprocess.Popen([*program, *command, *([] if wild else ["--host", host])], stdin=subprocess.DEVNULL)
 
 
 def pi_problems(pi: PiInfo) -> list[str]:
     """What keeps pi from working, each with the one command that fixes it."""
     if not pi.path():
         return [f"pi, the coding agent. Install it with: {PI_INSTALL}"]
-    folder = agent_dir()
-    login = any(os.path.exists(os.path.join(folder, name)) for name in ("auth.json", "models.json"))
+    login = any(os.path.exists(os.path.join(agent_dir(), name)) for name in ("auth.json", "models.json"))
     key = any(name.endswith("_API_KEY") and value for name, value in pi.environment().items())
     return [] if login or key else ["a model provider. Log in with: pi   (then type /login)"]
 
 
-def running(root: str) -> Json:
-    """pid, host and port of the server on a data directory, {} if none runs."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(root, "serve.lock"), "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return obj(parse_json(file.read()))
-    return {}
-
-
-def cmd_status(args: argparse.Namespace) -> int:
-    store = Store(data_dir(args))
-    settings, access, names = store.settings(), store.read_access(), host_names()
-    folder = store.path("sessions")
+def cmd_status(store: Store, args: argparse.Namespace) -> int:
+    settings, access, names, server = store.settings(), store.read_access(), host_names(), running(store.root)
+    folder, pid, devices = store.path("sessions"), server.get("pid"), len(access.devices) + len(access.moved)
     sessions = len([n for n in os.listdir(folder) if n.endswith(".json")]) if os.path.isdir(folder) else 0
-    server = running(store.root)
     host, port = server.get("host") or settings["host"], server.get("port") or settings["port"]
-    facts: Json = {"dataDir": store.root, "running": bool(server), "pid": server.get("pid"), "sessions": sessions, **names}
-    facts.update(port=port, host=host, fingerprint=settings["identity.fingerprint"])
-    facts["devices"] = len(access.devices) + len(access.moved)
-    tailnet = names["tailscaleName"] or names["tailscaleIp"] or "not connected"
+    facts = {
+        "dataDir": store.root, "running": bool(server), "pid": pid, "sessions": sessions, **names, "port": port,
+        "host": host, "fingerprint": settings["identity.fingerprint"], "devices": devices,
+    }
     lines = [
         "Server Configuration",
         f"  Port          {port}",
         f"  Transport     http on {host}",
         f"  Data          {store.root}",
-        f"  Running       {'yes, process ' + str(server.get('pid')) if server else 'no'}",
+        f"  Running       {f'yes, process {pid}' if server else 'no'}",
         "Tailscale",
-        f"  Hostname      {tailnet}",
+        f"  Hostname      {names['tailscaleName'] or names['tailscaleIp'] or 'not connected'}",
         "Local Network",
         f"  Address       {names['localName'] or names['lanIp'] or 'none'}",
         "Pairing",
-        f"  Devices       {facts['devices'] or 'not paired; run: oppi pair'}",
+        f"  Devices       {devices or 'not paired; run: oppi pair'}",
         f"  Sessions      {sessions}",
     ]
-    show(args, facts, lines)
-    return 0
-
-
-def cmd_token(args: argparse.Namespace) -> int:
-    store = Store(data_dir(args))
-    if not store.settings().raw.get("token"):
-        raise UsageError("Not paired yet: there is no owner token to rotate")
-
-    def rotate(raw: Json) -> None:
-        raw["token"] = new_token("sk")
-        if not args.keep_devices:
-            raw.pop("authDeviceTokens", None)
-
-    def forget(access: Access) -> None:
-        access.state["invites"] = []
-        if not args.keep_devices:
-            access.state["devices"] = []
-
-    store.change_config(rotate)
-    store.change_access(forget)
-    kept = "Devices keep their tokens." if args.keep_devices else "Every device must pair again: oppi pair"
-    show(args, {"rotated": True, "devicesKept": args.keep_devices}, [f"Owner token rotated. {kept}"])
-    return 0
-
-
-def cmd_devices(args: argparse.Namespace) -> int:
-    store = Store(data_dir(args))
-    store.settings()
-    action = {"add": add_device, "revoke": revoke_device}.get(args.action, list_devices)
-    return action(store, args)
-
-
-def list_devices(store: Store, args: argparse.Namespace) -> int:
-    access = store.read_access()
-    rows = [{k: d.get(k) for k in ("id", "name", "kind", "createdAt", "lastUsedAt")} for d in access.devices]
-    rows += [{"id": "moved:" + key[-12:], "name": "paired with the original", "kind": "moved"} for key in access.moved]
-
-    def when(ms: Any) -> str:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(whole(ms) / 1000)) if whole(ms) else "-"
-
-    lines = [f"{r['id']:<20} {when(r.get('lastUsedAt')):<17} {KINDS.get(str(r['kind']), ''):<8} {r['name']}" for r in rows]
-    show(args, {"devices": rows}, lines or ["No devices. Pair a phone with: oppi pair"])
-    return 0
-
-
-def add_device(store: Store, args: argparse.Namespace) -> int:
-    if not args.name:
-        raise UsageError("Usage: oppi devices add NAME")
-    token = new_token("dt")
-    device: Json = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
-    lines = [token] if not at_terminal(sys.stdout) else [f"Token of {args.name}, shown only now:", f"  {token}"]
-    show(args, {"id": device["id"], "name": args.name, "token": token}, lines)
-    return 0
-
-
-def revoke_device(store: Store, args: argparse.Namespace) -> int:
-    if not args.name:
-        raise UsageError("Usage: oppi devices revoke NAME")
-    gone: list[str] = store.change_access(lambda access: access.revoke(args.name))
-    moved = store.read_access().moved
-    tokens = [token for key, token in moved.items() if args.name == "moved:" + key[-12:]]
-    if tokens:
-        store.change_config(lambda raw: raw.update(authDeviceTokens=[t for t in raw["authDeviceTokens"] if t not in tokens]))
-    if not gone and not tokens:
-        raise UsageError(f"No device named {args.name}")
-    text = f"Revoked {len(gone) + len(tokens)} device(s); connected ones are cut off within a second"
-    show(args, {"revoked": gone or [args.name]}, [text])
-    return 0
-
-
-def cmd_config(args: argparse.Namespace) -> int:
-    actions = {"show": config_show, "get": config_get, "set": config_set, "validate": config_validate}
-    return actions[args.action](Store(data_dir(args)), args)
+    return show(args, facts, lines)
 
 
 def config_show(store: Store, args: argparse.Namespace) -> int:
-    settings = Settings({}) if args.default else store.settings()
-    print(json.dumps(settings.effective(), indent=2, ensure_ascii=False))
-    return 0
+    return show(args, (Settings({}) if args.default else store.settings()).effective())
 
 
 def config_get(store: Store, args: argparse.Namespace) -> int:
-    if not args.key:
-        raise UsageError("Usage: oppi config get KEY")
-    node: Any = store.settings().effective()
-    for name in args.key.split("."):
-        node = node.get(name) if isinstance(node, dict) else None
+    need(args.key, "config get KEY")
+    node = get_path(store.settings().effective(), args.key)
     if node is None:
         raise UsageError(f"Unknown key: {args.key}")
-    print(node if isinstance(node, str) and not args.json else json.dumps(node, indent=2, ensure_ascii=False))
-    return 0
+    return show(args, node, [node] if isinstance(node, str) else None)
 
 
 def config_set(store: Store, args: argparse.Namespace) -> int:
@@ -7876,55 +7806,51 @@ def config_set(store: Store, args: argparse.Namespace) -> int:
             if not key.state:
                 print(f"  {key.path:<42} {dumps(settings[key.path]):<12} {key.help}")
         raise UsageError("Usage: oppi config set KEY VALUE")
-    key, value = args.key, parse_setting(args.key, args.value)
+    path, value = args.key, parse_setting(args.key, args.value)
+    changes = {f"{path}.{name}": inner for name, inner in value.items()} if path in SECTIONS else {path: value}
     store.settings()
 
     def change(raw: Json) -> None:
         before = config_errors(raw)
-        for path, item in ((f"{key}.{name}", value[name]) for name in value) if key in SECTIONS else ((key, value),):
-            put_path(raw, path, item)
+        for name, item in changes.items():
+            put_path(raw, name, item)
         if new := [error for error in config_errors(raw) if error not in before]:
             raise UsageError(new[0])
 
     store.change_config(change)
-    show(args, {key: value}, [f"✓ {key} = {value if isinstance(value, str) else dumps(value)}"])
-    return 0
+    return show(args, {path: value}, [f"✓ {path} = {value if isinstance(value, str) else dumps(value)}"])
 
 
 def config_validate(store: Store, args: argparse.Namespace) -> int:
     path = os.path.expanduser(args.config_file) if args.config_file else store.path("config.json")
     try:
-        with open(path, "rb") as file:
-            errors = config_errors(parse_json(file.read()))
+        errors = config_errors(parse_json(read_file(path)))
     except OSError as error:
         errors = [error.strerror or str(error)]
     except ValueError as error:
         errors = [f"not valid JSON: {error}"]
-    show(args, {"file": path, "valid": not errors, "errors": errors}, [f"{path}: {e}" for e in errors] or [f"✓ {path} is valid"])
-    return 1 if errors else 0
+    lines = [f"{path}: {error}" for error in errors] or [f"✓ {path} is valid"]
+    return show(args, {"file": path, "valid": not errors, "errors": errors}, lines, code=bool(errors))
 
 
-def cmd_env(args: argparse.Namespace) -> int:
-    store = Store(data_dir(args))
+def cmd_env(store: Store, args: argparse.Namespace) -> int:
     if args.action == "init":
         return env_init(store, args)
     if args.action != "show":
         print("Usage: oppi env init|show")
         return 0
     path = env_file(store.root)
-    values = read_env_file(path)
-    entries = path_entries(store.settings(), values)
-    others = sorted(name for name in values if name != "PATH")
-    lines = [f"Env file: {path if os.path.exists(path) else 'none'}", *(f"  {origin:<11} {entry}" for entry, origin in entries)]
-    facts: Json = {"file": path if os.path.exists(path) else None, "overrides": others}
-    facts["path"] = [{"entry": entry, "from": origin} for entry, origin in entries]
-    show(args, facts, [*lines, *(f"Override: {name}" for name in others)])
-    return 0
+    values, there = read_env_file(path), os.path.exists(path)
+    entries, others = path_entries(store.settings(), values), sorted(name for name in values if name != "PATH")
+    rows = [{"entry": entry, "from": origin} for entry, origin in entries]
+    lines = [f"Env file: {path if there else 'none'}", *(f"  {origin:<11} {entry}" for entry, origin in entries)]
+    lines += [f"Override: {name}" for name in others]
+    return show(args, {"file": path if there else None, "overrides": others, "path": rows}, lines)
 
 
 def env_init(store: Store, args: argparse.Namespace) -> int:
     """Capture this shell's PATH for a server that is started without one."""
-    entries = list(OrderedDict.fromkeys(entry for entry in os.environ.get("PATH", "").split(":") if entry))
+    entries = list(dict.fromkeys(filter(None, os.environ.get("PATH", "").split(":"))))
     if not entries:
         raise UsageError("PATH is empty; nothing to capture")
     store.prepare()
@@ -7933,8 +7859,7 @@ def env_init(store: Store, args: argparse.Namespace) -> int:
     path = os.environ.get("OPPI_ENV_FILE") or store.path("env")
     text = f"# PATH for oppi, captured {time.strftime('%Y-%m-%d')}\nPATH={':'.join(short)}\n"
     write_file(path, text.encode())
-    show(args, {"file": path, "entries": len(entries)}, [f"✓ {path}: {len(entries)} PATH entries"])
-    return 0
+    return show(args, {"file": path, "entries": len(entries)}, [f"✓ {path}: {len(entries)} PATH entries"])
 
 
 def ask_line(question: str, default: str) -> str:
@@ -7945,119 +7870,93 @@ def ask_line(question: str, default: str) -> str:
         return default
 
 
-def lenient_int(text: str, default: int) -> int:
-    match = re.match(r"\s*(\d+)", text)
-    return int(match.group(1)) or default if match else default
-
-
-def cmd_init(args: argparse.Namespace) -> int:
-    store = Store(data_dir(args))
+def cmd_init(store: Store, args: argparse.Namespace) -> int:
     path, talk = store.path("config.json"), not args.yes and at_terminal(sys.stdin)
     if os.path.exists(path) and not args.force:
         if not talk:
             raise UsageError(f"{path} exists; use --force to set it up again")
         if ask_line(f"{path} exists. Continue anyway? (y/N)", "n").lower() != "y":
             return 0
-    settings = Settings(store.read_config())  # nothing is written before all answers are good
-    answers = {
-        "port": args.port or str(settings["port"]),
-        "defaultModel": args.model or settings["defaultModel"],
-        "maxSessionsGlobal": args.max_sessions or str(settings["maxSessionsGlobal"]),
-    }
-    if talk:
-        answers["port"] = ask_line("Port", answers["port"])
-        print(f"  Popular models: {', '.join(POPULAR)}", file=sys.stderr)
-        answers["defaultModel"] = ask_line("Default model", answers["defaultModel"])
-        answers["maxSessionsGlobal"] = ask_line("Max concurrent sessions", answers["maxSessionsGlobal"])
-    values: Json = {name: lenient_int(answers[name], KEY_BY_PATH[name].default) for name in ("port", "maxSessionsGlobal")}
-    values["defaultModel"] = answers["defaultModel"]
-    for name, value in values.items():
-        if problem := CHECKS[KEY_BY_PATH[name].kind](KEY_BY_PATH[name], value):
-            raise UsageError(f"config.{name}: {problem}")
+    settings = Settings(store.read_config())
+    given = {"port": args.port, "defaultModel": args.model, "maxSessionsGlobal": args.max_sessions}
+    values: Json = {}
+    for name, question in zip(given, ("Port", "Default model", "Max concurrent sessions")):
+        answer, key = given[name] or str(settings[name]), KEY_BY_PATH[name]
+        if talk and name == "defaultModel":
+            print(f"  Popular models: {', '.join(POPULAR)}", file=sys.stderr)
+        values[name] = answer = ask_line(question, answer) if talk else answer
+        if key.kind == "int":  # as the original reads them: "7749x" is 7749, what is no number the default
+            digits = re.match(r"\s*(\d+)", answer)
+            values[name] = (int(digits.group(1)) if digits else 0) or key.default
+    if errors := config_errors(values):  # nothing is written before all answers are good
+        raise UsageError(errors[0])
     store.settings()
     store.change_config(lambda raw: raw.update(values))
     store.owner_token()
     _, print_ = store.identity(create=True)
     lines = [f"✓ {path}", f"✓ identity {print_}", "Next: oppi serve, then oppi pair, and scan the code with the Oppi app"]
-    show(args, {"dataDir": store.root, "fingerprint": print_, **values}, lines)
-    return 0
+    return show(args, {"dataDir": store.root, "fingerprint": print_, **values}, lines)
 
 
-def cmd_policy(args: argparse.Namespace) -> int:
-    actions = {"check": policy_check, "rules": policy_rules, "edit": policy_edit, "remove": policy_edit}
-    return actions[args.action](args)
-
-
-def policy_rules(args: argparse.Namespace) -> int:
-    rules = [rule_view(rule) for rule in Store(data_dir(args)).rules.now()]
+def list_rules(store: Store, args: argparse.Namespace) -> int:
+    rules = [rule_view(rule) for rule in store.rules.now()]
     lines = [f"{r['id']:<14} {r['decision']:<6} {r['scope']:<10} {visible(r['label'])}" for r in rules]
-    show(args, {"rules": rules}, lines or ["No stored rules"])
-    return 0
+    return show(args, {"rules": rules}, lines or ["No stored rules"])
 
 
-def policy_edit(args: argparse.Namespace) -> int:
+def policy_edit(store: Store, args: argparse.Namespace) -> int:
     """Change a stored rule, or remove it; a running server sees it with the next tool call."""
-    store = Store(data_dir(args))
-    names = ("decision", "label", "pattern", "executable")
-    patch = {name: getattr(args, name) or None for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("decision", "label", "pattern", "executable")}
+    patch = {name: value or None for name, value in given.items() if value is not None}
     for key in args.words or [""]:
         rule = next((rule for rule in store.rules.now() if rule.get("id") == key), None)
         if rule is None:
             raise UsageError(f"No stored rule has the id {key!r}; list them with: oppi policy rules")
-        if args.action == "edit" and not patch:
-            raise UsageError("Usage: oppi policy edit ID [--decision D] [--label L] [--pattern P] [--executable E]")
+        if args.action == "edit":
+            need(patch, "policy edit ID [--decision D] [--label L] [--pattern P] [--executable E]")
         store.rules.change(key, patched_rule(rule, patch) if args.action == "edit" else None)
     store.close()
-    show(args, {args.action: args.words}, [f"✓ {args.action} {' '.join(args.words)}"])
-    return 0
+    return show(args, {args.action: args.words}, [f"✓ {args.action} {' '.join(args.words)}"])
 
 
-def cmd_audit(args: argparse.Namespace) -> int:
-    log_ = Store(data_dir(args)).audit
-    if args.action == "verify":
-        count, problems = log_.verify()
-        lines = [f"✗ {problem}" for problem in problems] or [f"✓ {count} lines, none removed, edited or moved"]
-        show(args, {"lines": count, "valid": not problems, "problems": problems}, lines)
-        return 1 if problems else 0
-    entries = log_.entries(args.limit, lambda entry: True)[::-1]
-    lines = [
-        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(whole(e.get('timestamp')) / 1000))} {e.get('decision')!s:<6}"
-        f"{e.get('resolvedBy')!s:<15} {visible(str(e.get('displaySummary')))}"
-        for e in entries
-    ]
-    show(args, {"entries": entries}, lines)
-    return 0
+def audit_verify(store: Store, args: argparse.Namespace) -> int:
+    count, problems = store.audit.verify()
+    lines = [f"✗ {problem}" for problem in problems] or [f"✓ {count} lines, none removed, edited or moved"]
+    return show(args, {"lines": count, "valid": not problems, "problems": problems}, lines, code=bool(problems))
 
 
-def policy_check(args: argparse.Namespace) -> int:
+def audit_show(store: Store, args: argparse.Namespace) -> int:
+    entries, lines = store.audit.entries(args.limit, lambda entry: True)[::-1], []
+    for e in entries:
+        at, summary = clock(e.get("timestamp"), "%Y-%m-%d %H:%M:%S"), visible(str(e.get("displaySummary")))
+        lines.append(f"{at} {e.get('decision')!s:<6}{e.get('resolvedBy')!s:<15} {summary}")
+    return show(args, {"entries": entries}, lines)
+
+
+def policy_check(store: Store, args: argparse.Namespace) -> int:
     """Explain verdicts.  Nothing is read from or written to a data directory."""
     if args.cases and not args.words and not args.input:
         return policy_cases(args)
     if args.cases or bool(args.words) == bool(args.input) or (args.words and args.tool != "bash"):
-        raise UsageError("Usage: oppi policy check [--preset P] [--tool T --input JSON] [--cases FILE] -- COMMAND")
-    given = parse_input(args.input) if args.input else {"command": " ".join(args.words)}
+        need(None, "policy check [--preset P] [--tool T --input JSON] [--cases FILE] -- COMMAND")
+    try:
+        given = parse_json(args.input) if args.input else {"command": " ".join(args.words)}
+    except ValueError as error:
+        raise UsageError(f"--input is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise UsageError("--input has to be a JSON object")
     case = {"tool": args.tool, "input": given, "preset_or_mode": args.preset}
     case["context"] = {"home": os.path.expanduser("~"), "cwd": os.path.abspath(args.cwd or ".")}
     call, ctx = case_call(case), case_context(case)
-    verdict, seen = evaluate(call, ctx), actions_of(call, ctx)
-    parts = []
-    for action in seen:
-        own = "deny" if _hard(action, ctx) else "ask" if _protected(action, ctx) else _one(call, action, (), ctx).action
+    verdict, parts = evaluate(call, ctx), []
+    for action in actions_of(call, ctx):
+        own = "deny" if _hard(action, ctx) else "ask" if _protected(action, ctx) else ""
+        own = own or _one(call, action, (), ctx).action
         parts.append({"verb": action.verb, "text": visible(part_text(action) or action.words[-1]), "verdict": own})
-    facts = {"action": verdict.action, "risk": verdict.risk, "layer": verdict.layer, "reason": verdict.reason, "actions": parts}
+    facts = {name: getattr(verdict, name) for name in ("action", "risk", "layer", "reason")}
     lines = [f"{verdict.action}  ({verdict.risk} risk, {verdict.layer}): {visible(verdict.reason)}"]
-    show(args, facts, lines + [f"  {part['verdict']:<6} {part['verb']:<7} {part['text']}" for part in parts])
-    return 0
-
-
-def parse_input(text: str) -> Json:
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise UsageError(f"--input is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError("--input has to be a JSON object")
-    return value
+    lines += [f"  {part['verdict']:<6} {part['verb']:<7} {part['text']}" for part in parts]
+    return show(args, {**facts, "actions": parts}, lines)
 
 
 def case_call(case: Json) -> Call:
@@ -8065,30 +7964,34 @@ def case_call(case: Json) -> Call:
 
 
 def case_context(case: Json) -> Context:
-    """The context a case describes: a preset of 1.0, or `default`, `rules-only` or `custom` for a workspace without one."""
+    """The context a case describes: a preset of 1.0, or `default`, `rules-only` or `custom` for none."""
     given, mode = obj(case.get("context")), str(case.get("preset_or_mode") or "host")
     if mode not in (*PRESETS, "default", "rules-only", "custom", "builtin:host", "builtin:container"):
         raise UsageError(f"Unknown preset: {mode}")
-    home = str(given.get("home") or "/Users/testuser")
-    policy = obj(given.get("policy"))
+    home, policy = str(given.get("home") or "/Users/testuser"), obj(given.get("policy"))
     return Context(
-        str(given.get("sessionId") or "s1"),
-        str(given.get("workspaceId") or "w1"),
-        mode if mode in PRESETS else "",
-        fallback_of({**policy, **given}),
-        [*map(obj, arr(given.get("rules"))), *configured_rules(policy)],
-        home,
-        str(given.get("cwd") or home + "/workspace/project"),
+        str(given.get("sessionId") or "s1"), str(given.get("workspaceId") or "w1"), mode if mode in PRESETS else "",
+        fallback_of({**policy, **given}), [*map(obj, arr(given.get("rules"))), *configured_rules(policy)],
+        home, str(given.get("cwd") or home + "/workspace/project"),
         tuple((str(p["path"]), str(p["access"])) for p in arr(given.get("allowedPaths"))),
-        tuple(arr(given.get("allowedExecutables"))),
-        home + "/.config/oppi",
-        home + "/.pi/agent",
-        now_ms(),
-        path_resolver(),
-        port=7749,
-        domains=parse_domains("\n".join(arr(given.get("domainAllowlist")))),
+        tuple(arr(given.get("allowedExecutables"))), home + "/.config/oppi", home + "/.pi/agent", now_ms(),
+        path_resolver(), port=7749, domains=parse_domains("\n".join(arr(given.get("domainAllowlist")))),
         protected=tuple(arr(given.get("protectedPaths"))),
-    )
+    )  # fmt: skip
+
+
+def make_files(given: Json, folder: str) -> None:
+    """The folders, files and links a case asks for.  Raises UsageError for one outside of `folder`."""
+    files, links = obj(given.get("files")), obj(given.get("symlinks"))
+    for name in [*arr(given.get("dirs")), *map(os.path.dirname, [*files, *links])]:
+        if not inside(os.path.normpath(name), folder):
+            raise UsageError(f"A case may make files in $TMP only, not {name}")
+        os.makedirs(name, exist_ok=True)
+    for name, content in files.items():
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(content)
+    for name, target in links.items():
+        os.symlink(target, name)
 
 
 def case_verdict(case: Json) -> Verdict:
@@ -8099,21 +8002,11 @@ def case_verdict(case: Json) -> Verdict:
         folder = os.path.realpath(folder)
         case = json.loads(dumps(case).replace("$TMP", folder))
         given = obj(case.get("context"))
-        for name in [*arr(given.get("dirs")), *map(os.path.dirname, [*obj(given.get("files")), *obj(given.get("symlinks"))])]:
-            if not inside(os.path.normpath(name), folder):
-                raise UsageError(f"A case may make files in $TMP only, not {name}")
-            os.makedirs(name, exist_ok=True)
-        for name, content in obj(given.get("files")).items():
-            with open(name, "w", encoding="utf-8") as file:
-                file.write(content)
-        for name, target in obj(given.get("symlinks")).items():
-            os.symlink(target, name)
+        make_files(given, folder)
         ctx = case_context(case)
         for prior in arr(given.get("prior_approvals")):
-            call, at = (
-                case_call(prior),
-                ctx._replace(session_id=prior.get("sessionId", "s1"), workspace_id=prior.get("workspaceId", "w1")),
-            )
+            call, session, workspace = case_call(prior), prior.get("sessionId", "s1"), prior.get("workspaceId", "w1")
+            at = ctx._replace(session_id=session, workspace_id=workspace)
             verdict = evaluate(call, at)
             scope = settle_scope(prior["action"], prior["scope"], resolution_options(call, verdict, at))
             if verdict.action == "ask" and scope != "once":
@@ -8141,67 +8034,88 @@ def policy_cases(args: argparse.Namespace) -> int:
             counts["ok" if good else "weaker" if ACTIONS.index(verdict.action) < wanted else "stricter"] += 1
             facts = {"id": case.get("id"), "expect": case["expect"], "got": verdict.action, "ok": good}
             print(json.dumps({**facts, "layer": verdict.layer, "reason": verdict.reason}))
-    print(
-        dumps(counts) if args.json else "{cases} cases: {ok} as expected, {stricter} stricter, {weaker} weaker".format(**counts)
-    )
+    text = "{cases} cases: {ok} as expected, {stricter} stricter, {weaker} weaker"
+    print(dumps(counts) if args.json else text.format(**counts))
     return 0 if counts["ok"] == counts["cases"] else 1
 
 
-def cmd_help(args: argparse.Namespace) -> int:
+def cmd_help(store: Store, args: argparse.Namespace) -> int:
     build_parser().print_help()
     return 0
 
 
-def cmd_version(args: argparse.Namespace) -> int:
-    show(args, {"version": __version__, "python": sys.version.split()[0], "archive": ARCHIVE or None}, [f"oppi {__version__}"])
-    return 0
+def cmd_version(store: Store, args: argparse.Namespace) -> int:
+    facts = {"version": __version__, "python": sys.version.split()[0], "archive": ARCHIVE or None}
+    return show(args, facts, [f"oppi {__version__}"])
+
+
+def option(flags: str, text: str | None = None, **how: Any) -> tuple[list[str], Json]:
+    return flags.split(), {**how, "help": text}
+
+
+FLAG: Json = {"action": "store_true"}
+WORD: Json = {"nargs": "?"}
+
+
+# Name and aliases: help, what runs, options.  Of several actions the one of None is the usual one.
+COMMANDS: dict[str, tuple[Any, ...]] = {
+    "serve start": ("run the server", cmd_serve, option("--host", "address to listen on, this time"),
+                    option("--port", "port to listen on, this time", type=int)),
+    "pair": ("show the QR codes that pair a phone", cmd_pair, option("name", "name the phone shows", **WORD),
+             option("--host", "address phones use"), option("--port", "port phones use", type=int),
+             option("--ttl", "seconds the app 1.1 code is valid", type=int, default=PAIRING_TTL_S)),
+    "init": ("set up a data directory", cmd_init, option("--force", **FLAG), option("--yes --y", **FLAG),
+             option("--port"), option("--model"), option("--max-sessions")),
+    "status": ("show where the server is and who is paired", cmd_status),
+    "devices": ("list devices, add one for a script, revoke one",
+                {None: list_devices, "list": list_devices, "add": add_device, "revoke": revoke_device},
+                option("name", **WORD)),
+    "token": ("replace the owner token and end every client", {"rotate": cmd_token},
+              option("--keep-devices", "devices keep their tokens", **FLAG)),
+    "config": ("show or change settings", {None: config_show, "show": config_show, "get": config_get,
+                                           "set": config_set, "validate": config_validate},
+               option("key", **WORD), option("value", **WORD), option("--default", **FLAG),
+               option("--config-file", metavar="FILE")),
+    "env": ("capture PATH for pi, or show it", cmd_env, option("action", **WORD)),
+    "policy": ("explain what would be asked, allowed or denied; list and change stored rules",
+               {"check": policy_check, "rules": list_rules, "edit": policy_edit, "remove": policy_edit},
+               option("words", nargs="*", metavar="COMMAND or ID"), option("--decision", choices=ACTIONS),
+               option("--label"), option("--pattern"), option("--executable"),
+               option("--preset", default="host", choices=(*PRESETS, "default")), option("--tool", default="bash"),
+               option("--input", "the tool's arguments", metavar="JSON"), option("--cwd", metavar="DIR"),
+               option("--cases", "JSON lines of cases with an expected verdict", metavar="FILE")),
+    "audit": ("show what was decided, or check that no line of it was changed",
+              {None: audit_show, "show": audit_show, "verify": audit_verify},
+              option("--limit", type=int, default=50)),
+    "help": ("show this", cmd_help),
+    "version": ("show versions", cmd_version),
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data-dir", metavar="DIR", help=f"data directory (default: OPPI_DATA_DIR, else {DEFAULT_DIR})")
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{self.prog}: {message}")
+
+    common = Parser(add_help=False)
+    where = f"data directory (default: OPPI_DATA_DIR, else {DEFAULT_DIR})"
+    common.add_argument("--data-dir", metavar="DIR", help=where)
     common.add_argument("--json", action="store_true", help="print facts as JSON")
-    parser = argparse.ArgumentParser(prog="oppi", description="Drive the coding agent pi from the Oppi app.", allow_abbrev=False)
+    parser = Parser(prog="oppi", description="Drive the coding agent pi from the Oppi app.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"oppi {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    parser.set_defaults(commands=commands.choices)
-
-    def add(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, *options: tuple[str, Json], aliases: Sequence[str] = ()
-    ) -> None:
-        sub = commands.add_parser(name, help=text, description=text, parents=[common], aliases=list(aliases), allow_abbrev=False)
+    parser.set_defaults(commands=commands.choices, run=cmd_help, data_dir=None)
+    for names, (text, run, *options) in COMMANDS.items():
+        name, *aliases = names.split()
+        how = {"help": text, "description": text, "aliases": aliases}
+        sub = commands.add_parser(name, parents=[common], allow_abbrev=False, **how)
         sub.set_defaults(run=run)
-        for flag, how in options:
-            sub.add_argument(*flag.split(), **how)
-
-    flag = {"action": "store_true"}
-    add("serve", cmd_serve, "run the server", ("--host", {"help": "address to listen on, this time"}),
-        ("--port", {"type": int, "help": "port to listen on, this time"}), aliases=("start",))
-    add("pair", cmd_pair, "show the QR codes that pair a phone", ("name", {"nargs": "?", "help": "name the phone shows"}),
-        ("--host", {"help": "address phones use"}), ("--port", {"type": int, "help": "port phones use"}),
-        ("--ttl", {"type": int, "default": PAIRING_TTL_S, "help": "seconds the app 1.1 code is valid"}),
-        ("--show-token", {**flag, "help": argparse.SUPPRESS}))
-    add("init", cmd_init, "set up a data directory", ("--force", flag), ("--yes --y", flag), ("--port", {}), ("--model", {}),
-        ("--max-sessions", {}))
-    add("status", cmd_status, "show where the server is and who is paired")
-    add("devices", cmd_devices, "list devices, add one for a script, revoke one",
-        ("action", {"nargs": "?", "choices": ("list", "add", "revoke"), "default": "list"}), ("name", {"nargs": "?"}))
-    add("token", cmd_token, "replace the owner token and end every client", ("action", {"choices": ("rotate",)}),
-        ("--keep-devices", {**flag, "help": "devices keep their tokens"}))
-    add("config", cmd_config, "show or change settings",
-        ("action", {"nargs": "?", "choices": ("show", "get", "set", "validate"), "default": "show"}),
-        ("key", {"nargs": "?"}), ("value", {"nargs": "?"}), ("--default", flag), ("--config-file", {"metavar": "FILE"}))
-    add("env", cmd_env, "capture PATH for pi, or show it", ("action", {"nargs": "?"}))
-    add("policy", cmd_policy, "explain what would be asked, allowed or denied; list and change stored rules",
-        ("action", {"choices": ("check", "rules", "edit", "remove")}), ("words", {"nargs": "*", "metavar": "COMMAND or ID"}),
-        ("--decision", {"choices": ACTIONS}), ("--label", {}), ("--pattern", {}), ("--executable", {}),
-        ("--preset", {"default": "host", "choices": (*PRESETS, "default")}), ("--tool", {"default": "bash"}),
-        ("--input", {"metavar": "JSON", "help": "the tool's arguments"}), ("--cwd", {"metavar": "DIR"}),
-        ("--cases", {"metavar": "FILE", "help": "JSON lines of cases with an expected verdict"}))
-    add("audit", cmd_audit, "show what was decided, or check that no line of it was changed",
-        ("action", {"nargs": "?", "choices": ("show", "verify"), "default": "show"}), ("--limit", {"type": int, "default": 50}))
-    add("help", cmd_help, "show this")
-    add("version", cmd_version, "show versions")
+        if isinstance(run, dict):
+            sub.add_argument("action", choices=tuple(filter(None, run)), nargs="?" if None in run else None)
+        for flags, how in options:
+            sub.add_argument(*flags, **how)
+    # the original printed the owner token then; invites here hold none
+    commands.choices["pair"].add_argument("--show-token", help=argparse.SUPPRESS, **FLAG)
     return parser
 
 
@@ -8221,19 +8135,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    import argparse as parsing
-
-    def fail(self: Any, message: str) -> None:
-        raise UsageError(f"{self.prog}: {message}")
-
-    parsing.ArgumentParser.error = fail  # type: ignore[method-assign, assignment]  # exit 1, one line
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an old terminal shows what it can
     try:
         try:
             args = parse_args(sys.argv[1:] if argv is None else argv)
-            code = int((getattr(args, "run", None) or cmd_help)(args))
+            run = args.run[args.action] if isinstance(args.run, dict) else args.run
+            code = int(run(Store(args.data_dir or os.environ.get("OPPI_DATA_DIR") or DEFAULT_DIR), args))
         except SystemExit as done:  # of argparse, for --help and --version
             code = int(done.code or 0)
         if sys.stdout is not None:
@@ -8257,25 +8166,5 @@ def run() -> None:
     sys.exit(main())
 
 
-def restart_as_module(code: Any) -> None:
-    """Start over as a module.  The syntax tree of a script stays in memory (15 MB) as long as it runs, and
-    compiling takes 60 ms: so the new process gets the finished `code` of this file through an open file."""
-    import marshal
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        file.write(marshal.dumps(code))
-        file.seek(0)
-        os.set_inheritable(file.fileno(), True)
-        start = (
-            "import marshal, sys, types; oppi = sys.modules['oppi'] = types.ModuleType('oppi'); "
-            f"oppi.__file__ = {os.path.abspath(__file__)!r}; "
-            f"exec(marshal.load(open({file.fileno()}, 'rb')), vars(oppi)); oppi.run()"
-        )
-        os.execv(sys.executable, [sys.executable, "-c", start, *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["serve"], ["start"]):
-        restart_as_module(sys._getframe().f_code)
     run()

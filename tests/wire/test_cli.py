@@ -946,6 +946,13 @@ class TestConfig:
         assert [process.wait(30) for process in at_once] == [0] * len(wanted)
         assert {key: oppi.config[key] for key in wanted} == wanted
 
+    def test_first_commands_at_once_make_one_identity(self, oppi: Shell) -> None:
+        env = {**oppi.server.env, "OPPI_DATA_DIR": str(oppi.data)}
+        command = oppi.server.command("pair", "--json", "--host", "h")
+        at_once = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(4)]
+        known = {json.loads(process.communicate(timeout=30)[0])["fingerprint"] for process in at_once}
+        assert known == {oppi.config["identity"]["fingerprint"]}
+
     def test_validate(self, oppi: Shell) -> None:
         oppi("init", "--yes")
         assert str(oppi.data / "config.json") in oppi("config", "validate")
