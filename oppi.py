@@ -4768,7 +4768,10 @@ class Turns:
         self.emit: Callable[[Json], None] | None = None  # to all phones, while pi runs
 
     def save(self) -> asyncio.Future[Any]:
-        return asyncio.wrap_future(self.store.save_turns(self.id, self.book.stored()))
+        """Write the turns down; a Future that raises OSError, which nobody has to look at."""
+        stored = asyncio.wrap_future(self.store.save_turns(self.id, self.book.stored()))
+        stored.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return stored
 
     async def accept(
         self, command: str, body: Json, reply: Callable[[Json], None], check: Callable[[], None]
@@ -4932,7 +4935,7 @@ class LiveSession:
         self._delta: list[str] = []
         self._delta_kind = ""
         self._flushed = self._previewed = self.spoke = self.used = self._told = time.monotonic()
-        self._untold = 0  # `state` frames sent lately
+        self._lately = 0  # `state` frames sent lately
         self._timers: dict[str, Any] = {}
         self._feeder: asyncio.Task[None] | None = None
 
@@ -4962,10 +4965,15 @@ class LiveSession:
             argv, self.cwd, env = await self.sessions.command_line(self.record, self.workspace)
             env["OPPI_EPOCH"] = self.epoch
             await self.pi.start(argv, self.cwd, env)
-            state = await self.pi.request({"type": "get_state"}, START_LIMIT_S)
+            self.adopt(await self.pi.request({"type": "get_state"}, START_LIMIT_S))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.gated.wait(), GATE_WAIT_S)
+            self.recorded = await self.turns.adopt(*self._place())
+            if self.state == "stopped":
+                raise PiFailed("")
         except PiFailed as error:
             text = str(error)
-            if self.pi.exited.is_set():
+            if self.state == "stopped":
                 text = f"pi exited before ready: {self.id}. {self.exit_text[:500]}"
             elif text.startswith("RPC timeout"):
                 text = f"Timeout waiting for pi: {self.id}"
@@ -4974,12 +4982,6 @@ class LiveSession:
         except BaseException:
             await self._discard()
             raise
-        self.adopt(state)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.gated.wait(), GATE_WAIT_S)
-        self.recorded = await self.turns.adopt(*self._place())
-        if self.state == "stopped":
-            raise PiFailed(f"pi exited before ready: {self.id}. {self.exit_text[:500]}")
         self.step("up")
         self.turns.emit = self.emit
         self._feeder = asyncio.ensure_future(self._feed())
@@ -4996,15 +4998,15 @@ class LiveSession:
     def adopt(self, state: Any) -> None:
         """Take over what pi's get_state says about files, name, model and thinking."""
         state, record = obj(state), self.record
-        model = state.get("model")
+        model, before = state.get("model"), record.get("piSessionFile")
         if isinstance(model, dict) and model.get("provider") not in (None, "unknown"):
             self.set_model(model)
         for name, target in (("sessionFile", "piSessionFile"), ("sessionId", "piSessionId")):
             if isinstance(state.get(name), str):
                 record[target] = state[name]
         path = record.get("piSessionFile")
-        if path != self.recorded[0] and self.state != "starting":  # the person left that conversation
-            self.turns.release(self.turns.book.held())
+        if path != before and self.state != "starting":  # the person left that conversation
+            self.turns.release(key for key, turn in self.turns.book.held().items() if turn.stage != "accepted")
         if path and path not in record.setdefault("piSessionFiles", []):
             record["piSessionFiles"].append(path)
         name = str(state.get("sessionName") or "").strip()
@@ -5064,18 +5066,18 @@ class LiveSession:
     def _may_tell(self) -> bool:
         """Whether a `state` may go out now; if not, one goes out later."""
         now = time.monotonic()
-        self._untold = max(0, self._untold - int((now - self._told) / STATE_S))
-        if self._untold >= STATE_BURST:
+        self._lately = max(0, self._lately - int((now - self._told) / STATE_S))
+        if self._lately >= STATE_BURST:
             if "state" not in self._timers:
                 self._timers["state"] = asyncio.get_running_loop().call_later(STATE_S, self._tell_state)
             return False
-        self._untold, self._told = self._untold + 1, now
+        self._lately, self._told = self._lately + 1, now
         return True
 
     def _tell_state(self) -> None:
         """Tell the state now, as it is."""
         self._cancel_timer("state")
-        self._untold = 0
+        self._lately = 0
         self.emit(STATE)
 
     def _reserve_seq(self) -> None:
