@@ -726,7 +726,11 @@ PIECE = regex(
     r"|(?P<joined>\\\n)"
     r"|(?P<expansion>[$`])"
 )
-PLAIN_WORD = regex(r"[A-Za-z0-9_@%+=:./^!\]#-]+(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)")  # digits before `>` are a descriptor
+# A word that is what it looks like, as most are.  Digits before `>` are no word but a descriptor.
+_LITERAL = (
+    r"""(?:([A-Za-z0-9_@%+=:./^!\]#-]+)|'([^']*)'|"([^"\\$`]*)")(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)"""
+)
+LITERAL, NEXT_LITERAL = regex(_LITERAL), regex(rf"[ 	]*(?!#){_LITERAL}")
 QUOTED = regex(r"""(?P<plain>(?:[^"\\$`]|\\[^"\\$`\n])+)|\\(?P<escape>["\\$`])|(?P<expansion>[$`])""")
 VARIABLE = regex(rf"\$(?:({NAME})(?![A-Za-z0-9_]|\\\n)|\{{({NAME})\}})")
 COUNTED = regex(rf"\$(?:[#?$]|\{{#{NAME}(?:\[[@*]\])?\}})")
@@ -744,7 +748,7 @@ ARITHMETIC = regex(
 )
 BACKTICKS = regex(r"([^`\\]*)`")
 ASSIGNMENT = regex(rf"({NAME})(\+?)=")
-SUBSCRIPT = regex(rf"{NAME}\[")
+LEADING = regex(rf"({NAME})(?:(\+?)=|(?P<subscript>\[))")
 # A line that is continued elsewhere joins what is around it.
 BLANK = regex(r"(?:[ \t]|(?:(?<=[ \t\n|])|(?<=&&))\\\n|(?<=;)\\\n(?![;&\\]))*(?:#[^\n]*)?")
 KEYWORD = regex(
@@ -760,6 +764,7 @@ JOINED = regex(r"[|&](?![|&])")
 SEPARATOR = regex(r";(?![;&])|&(?!&)")
 REDIRECT = regex(r"&>>?|[0-9]{0,3}(<<<|<<-?|<>|<&|>&|>>|>\||<(?!\()|>(?!\())")
 REDIRECT_START = frozenset("<>&0123456789")
+COMMAND_END = frozenset([*";|)\n", ""])
 DESCRIPTOR = regex(r"[ \t]*(?:[0-9]+-?|-)(?=[\s;&|()<>]|$)")
 DELIMITER = regex(r"""[ \t]*(?:(['"])([A-Za-z0-9_.-]+)\1|(\\?)([A-Za-z0-9_.-]+))(?=[\s;&|<>)]|$)""")
 TEST_OPERATOR = regex(r"(==|!=|=~|=|<|>|-(?:eq|ne|lt|le|gt|ge|nt|ot|ef))(?=[ \t])")
@@ -890,14 +895,16 @@ class _Shell:
     def word(self, split: bool = True) -> list[str]:
         """The words that the text here becomes: none if there is no word, several by braces."""
         self.step()
-        if match := self.take(PLAIN_WORD):
-            return [match.group()]
+        if match := self.take(LITERAL):
+            return [match.group(match.lastindex or 0)]
         start, parts, quoted, assigned = self.at, [], False, ASSIGNMENT.match(self.text, self.at)
         while match := self.take(PIECE):
             kind = match.lastgroup or ""
             quoted = quoted or kind in ("single", "ansi", "double")
             self.step()
             parts.append(getattr(self, "_" + kind)(match.group(kind)))
+        if not parts:
+            return []
         word = "".join(parts)
         if "\10" in word:
             plain, raw = word.replace("\10", ""), self.text[start : self.at].replace("\\\n", "")
@@ -914,6 +921,15 @@ class _Shell:
         self.need(not re.search("\7[^/]*[\0\1]", word))
         head = assigned.end() - start if assigned and split else 0
         return [word[:head] + _finish(word[head:], not split or head > 0) for word in words if word or quoted]
+
+    def literals(self) -> list[str]:
+        """The words that stand here, up to one that is more than its text."""
+        found = []
+        while match := NEXT_LITERAL.match(self.text, self.at):
+            self.step(match.lastindex or 0)
+            found.append(match.group(match.lastindex or 0))
+            self.at = match.end()
+        return found
 
     def one_word(self, split: bool = True) -> str:
         """The one word that has to stand here."""
@@ -1078,9 +1094,8 @@ class _Shell:
             if self.at == len(self.text):
                 self.need("" in ends and not self.pending)
                 return ""
-            word = self.peek(KEYWORD) if separated else ""
-            for end in ends:
-                if (word == end or end in (")", ";;")) and end and self.take_text(end):
+            for end in filter(None, ends):
+                if (end in (")", ";;") or (separated and self.peek(KEYWORD) == end)) and self.take_text(end):
                     self.need(not empty or ";;" in ends)
                     return end
             self.need(separated)
@@ -1089,7 +1104,7 @@ class _Shell:
             separated, empty = bool(self.take(SEPARATOR)) or self.text.startswith("\n", self.at), False
 
     def and_or(self) -> None:
-        sure, before = self.sure, set(self.values)
+        sure, before = self.sure, len(self.values)
         self.pipeline()
         while operator := self.take(AND_OR):
             self.sure = False
@@ -1100,18 +1115,18 @@ class _Shell:
         if self.text.startswith("&", self.at):
             self.doubt(before)
 
-    def doubt(self, before: set[str]) -> None:
-        """What was assigned since `before` was assigned in another process."""
-        for name in set(self.values) - before:
+    def doubt(self, before: int) -> None:
+        """The variables behind the first `before` were assigned in another process."""
+        for name in itertools.islice(self.values, before, None):
             self.values[name].append(f"\0{name}\0")
 
     def pipeline(self) -> None:
-        fed, before, simple = self.fed, set(self.values), not self.peek(PREFIX)
+        fed, before, prefixed = self.fed, len(self.values), False
         while self.take(PREFIX):
+            prefixed = True
             self.take(BLANK)
-        simple = simple and not self.peek(KEYWORD) and not self.peek(FUNCTION)
-        self.command()
-        if simple and self.nest == 0 and not self.peek(JOINED):
+        simple = self.command()
+        if simple and not prefixed and self.nest == 0 and not self.peek(JOINED):
             self.links.append(len(self.commands) - 1)
         while self.take(PIPE):
             self.fed = True
@@ -1120,8 +1135,8 @@ class _Shell:
             self.doubt(before)
         self.fed = fed
 
-    def command(self) -> None:
-        """One command, and the blanks after it."""
+    def command(self) -> bool:
+        """One command, and the blanks after it; whether it is a simple one."""
         self.step()
         start, word = len(self.commands), self.peek(KEYWORD)
         definition = None if word else self.take(FUNCTION)
@@ -1141,7 +1156,9 @@ class _Shell:
             self.redirections(start)
         else:
             self.simple()
+            return True
         self.take(BLANK)
+        return False
 
     def redirections(self, start: int) -> None:
         """Those of a compound command, whose commands are fed by them."""
@@ -1189,8 +1206,12 @@ class _Shell:
         sets: list[tuple[str, str]] = []
         while start != self.at:
             start = self.at
+            words += self.literals() if words else []
             self.take(BLANK)
-            if self.text[self.at : self.at + 1] in REDIRECT_START:
+            char = self.text[self.at : self.at + 1]
+            if char in COMMAND_END:
+                break
+            if char in REDIRECT_START:
                 command = self.redirected(command)
             match = None if words else self.first(sets, command)
             if match and self.take_text("("):
@@ -1200,21 +1221,26 @@ class _Shell:
                 sets.append((match.group(1), ANY if match.group(2) else value))
             else:
                 words += self.word()
-                self.need(not words or words[0] not in DECLARATIONS or "{" not in self.text[start : self.at])
+        self.step(2)
         self.need(words or sets or command.reads or command.writes or command.fed != self.fed)
+        source = self.text[begin : self.at].strip(" \t\n")
         if words:
+            self.need(words[0] not in DECLARATIONS or "{" not in source)
             self.program(words[0], [name for name, _ in sets])
             self.builtin(words[0], words[1:])
         for name, value in sets if not words or "\1" in words[0] else ():
             self.assign(name, value, self.sure and not command.reads and not command.writes and not words)
-        source = self.text[begin : self.at].strip(" \t\n")
-        self.commands.append(command._replace(words=tuple(words), sets=tuple(sets), source=source))
+        writes, reads, fed, count = command.writes, command.reads, command.fed, command.redirects
+        self.commands.append(
+            Command(tuple(words), writes, reads, tuple(sets), fed, self.within, redirects=count, source=source)
+        )
 
     def first(self, sets: list[tuple[str, str]], command: Command) -> re.Match[str] | None:
         """The assignment that stands before the program, if one does."""
-        self.need(not self.peek(SUBSCRIPT))
         self.need(not (sets or command.redirects) or not self.peek(KEYWORD))
-        return self.take(ASSIGNMENT)
+        match = self.take(LEADING)
+        self.need(not match or not match.group("subscript"))
+        return match
 
     def array(self) -> str:
         begin = self.at
