@@ -1484,10 +1484,7 @@ class Action(NamedTuple):
     doubtful: bool = False  # it has this form only if a variable of the environment is empty
     own: bool = True  # nothing in the script makes the program another one
     raw_words: tuple[str, ...] = ()  # the words before the tables' form of them
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words) if self.verb == "run" else self.path or self.raw
+    text: str = ""  # the words of a program in one line
 
 
 class Preset(NamedTuple):
@@ -1542,6 +1539,7 @@ HIDERS = frozenset(
 TMUX_READS = r"ls|list-\w+|capture-pane|has-session|show-\w+|kill-(session|pane|window)"
 SHELLS = frozenset("sh bash dash zsh ksh fish csh tcsh ash mksh rbash yash".split())
 INTERPRETERS = SHELLS | frozenset("python python2 python3 node deno bun ruby perl php osascript lua rscript tclsh".split())
+EDITORS = INTERPRETERS | {"awk", "gawk", "mawk", "sed"}  # a part of their words is code
 ARGUMENTS_DO_NOTHING = HELPERS - {"cd"} | frozenset("return exit export local declare readonly read unset".split())
 TRUSTED = ("", "/bin", "/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
 PRIVILEGE = frozenset("sudo sudo-rs sudoedit doas dzdo su su-exec gosu runuser run0 systemd-run pkexec setpriv".split())
@@ -1598,6 +1596,10 @@ SED_COMMAND = regex(  # one that neither runs (e, s///e) nor writes (w, s///w) n
     r"(?:y(?P<y>[^\w\s\\;])(?:(?!(?P=y))[^\\]|\\.)*(?P=y)(?:(?!(?P=y))[^\\]|\\.)*(?P=y)))\s*(?:[;\n]\s*|$)"
 )
 SED_IN_PLACE = regex(r"-\w*i|--i")
+GIT_PROGRAMS = regex(r"-c|--exec-path=|--config-env")  # options of git that make it run something else
+PATTERN_OPTION = regex(r"-[A-Za-z]*[ef]|--(reg|file)")  # of grep: no operand is the pattern
+MESSAGE = regex("-a?m.|--message=")
+OPTION_LETTER = regex(r"-+\w")
 JQ_MORE = regex(r"\benv\b|ENV|\b(import|include|modulemeta|get_search_list)\b")
 TAKEN_OVER = regex(  # of those, the ones that make everyday programs run something else
     r"PS4|BASH_ENV|ENV|IFS|CDPATH|PROMPT_COMMAND|SHELLOPTS|LD_\w+|DYLD_\w+|"
@@ -1706,7 +1708,10 @@ for _row in ASKS:
 
 def absolute(path: str, ctx: Context, cwd: str = "") -> str:
     """`path` as the tool will see it: `~` and the working directory applied, `.` and `..` removed."""
-    path = _joined(path, ctx, cwd)
+    return _normal(_joined(path, ctx, cwd))
+
+
+def _normal(path: str) -> str:
     return posixpath.normpath(path) if "/." in path or "//" in path or path[-1:] == "/" else path
 
 
@@ -1825,11 +1830,13 @@ class _Unfolding:
 
     def expand(self, words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
         """What the words of a command may be, one variant after the other."""
+        if not any("\0" in word for word in words):
+            return [words]
         choices = [self.choices(word, ()) for word in words]
         if math.prod(map(len, choices)) > COMBINATIONS:
             choices = [[word] if len(found) == 1 else [ANY] for word, found in zip(words, choices)]
-        for variant in itertools.product(*choices):
-            yield tuple(word.replace("\4", "") for word in variant if word.strip("\4") or not word)
+        variants = itertools.product(*choices)
+        return (tuple(word.replace("\4", "") for word in variant if word.strip("\4") or not word) for variant in variants)
 
     def choices(self, word: str, active: tuple[str, ...]) -> list[str]:
         """What a word may be; \\4 stands where an unquoted value is empty."""
@@ -1877,7 +1884,7 @@ class _Unfolding:
                 else:
                     self.actions += [_file(verb, path.replace(EMPTY, ""), self.ctx, cwd) for cwd in self.cwds]
         if command.fed and words and words[0] in command.within:
-            self.actions.append(Action("run", ("forkbomb",)))
+            self.actions.append(Action("run", ("forkbomb",), text="forkbomb"))
         if words:
             self.run(words, command)
 
@@ -1901,35 +1908,29 @@ class _Unfolding:
         else:
             hidden = self.hides(name, words, command, via)
         self.remarks(hidden, "What it runs is not looked into", words=words)
+        self.actions.append(self.program(name, words, command, via)._replace(doubtful=doubtful))
+
+    def program(self, name: str, words: tuple[str, ...], command: Command, via: tuple[str, ...]) -> Action:
+        """The action of a program, and remarks on what its name and first words say of it."""
         normal = normal_words(words)
         options = words[1 : len(words) - len(normal) + 1] if normal[0] == "git" else ()
-        self.remarks(any(re.match(r"-c|--exec-path=|--config-env", word) for word in options), "Changes what git runs")
-        hiding = name not in MENTIONING and PRIVILEGE.intersection(map(base_name, words[1:]))
+        self.remarks(any(map(GIT_PROGRAMS.match, options)), "Changes what git runs")
+        hiding = name not in MENTIONING and not PRIVILEGE.isdisjoint(map(base_name, words[1:]))
         self.remarks(hiding, "May run another program as root")
-        self.remarks(name in ASKS_OF and GLOB in "".join(words[1:2]), "A file name decides what it does")
+        self.remarks(len(words) > 1 and GLOB in words[1] and name in ASKS_OF, "A file name decides what it does")
         own = self.plain and words[0] not in self.functions
-        plain = (
-            own and not options and words[0].rpartition("/")[0] in TRUSTED and base_name(words[0]) == words[0].rpartition("/")[2]
-        )
+        folder = words[0].rpartition("/")[0]
+        plain = own and not options and folder in TRUSTED
         cwds = self.cwds
         for option, value in zip(options, options[1:]):
             cwds = tuple(absolute(value, self.ctx, cwd) for cwd in cwds) if option == "-C" else cwds
-        operands = _path_words(normal)
-        files = [word for word in operands if not word.startswith("-")]
-        moved = [f"{to}/{base_name(word.rstrip('/'))}" for to in files for word in files[:-1]] if normal[0] in COPIERS else []
-        paths = _paths([*operands, *options, *moved[:PATH_LIMIT]], self.ctx, cwds) if operands or options else ()
-        last = normal[0] in COPIERS - {"mv"} and not any(re.match(r"-\w*t|--t", word) for word in normal)
-        targets = _paths([*files[-1:], *moved], self.ctx, cwds) if last else paths
-        if normal[0] in INTERPRETERS | {"awk", "gawk", "mawk"} or (
-            normal[0] == "sed" and not any(map(SED_IN_PLACE.match, normal))
-        ):
-            targets = _paths(files[1:], self.ctx, cwds) if normal[0] in INTERPRETERS else ()
-        raw, source = " ".join(words), command.source
-        self.actions.append(
-            Action(
-                "run", normal, "", raw, cwds, command.fed, plain, paths, targets, via, source, command.text, doubtful, own, words
-            )
-        )
+        paths, targets = _touched(normal, options, self.ctx, cwds)
+        raw = " ".join(words)
+        text = raw if normal == words else " ".join(normal)
+        return Action(
+            "run", normal, "", raw, cwds, command.fed, plain, paths, targets, via, command.source, command.text, False, own,
+            words, text,
+        )  # fmt: skip
 
     def hides(self, name: str, words: tuple[str, ...], command: Command, via: tuple[str, ...]) -> bool:
         """Looks into a program that runs other programs; whether it cannot be."""
@@ -2001,12 +2002,30 @@ class _Unfolding:
                 self.actions += [_file("write", path, self.ctx) for path in words[at : at + 1]]
 
 
+def _touched(words: Sequence[str], options: Sequence[str], ctx: Context, cwds: Sequence[str]) -> tuple[Any, Any]:
+    """The paths that a program may touch, and those of them that it may change.  `options` are git's own."""
+    name, operands = words[0], _path_words(words)
+    if name not in COPIERS and name not in EDITORS:
+        paths = _paths([*operands, *options], ctx, cwds)
+        return paths, paths
+    files = [word for word in operands if not word.startswith("-")]
+    moved = [f"{to}/{base_name(word.rstrip('/'))}" for to in files for word in files[:-1]] if name in COPIERS else []
+    paths = targets = _paths([*operands, *moved[:PATH_LIMIT]], ctx, cwds)
+    if name in COPIERS - {"mv"} and not any(re.match(r"-\w*t|--t", word) for word in words):
+        targets = _paths([*files[-1:], *moved], ctx, cwds)
+    elif name in INTERPRETERS:
+        targets = _paths(files[1:], ctx, cwds)
+    elif name in EDITORS and (name != "sed" or not any(map(SED_IN_PLACE.match, words))):
+        targets = ()
+    return paths, targets
+
+
 def _path_words(words: Sequence[str]) -> list[str]:
     """The words of a command that may be paths, or options: without texts, patterns and messages."""
     name, rest = words[0], list(words[1:])
     if name in HELPERS and name != "cd":
         return []
-    if name in ("grep", "rg", "ag", "ack") and not any(re.match(r"-[A-Za-z]*[ef]|--(reg|file)", word) for word in rest):
+    if name in ("grep", "rg", "ag", "ack") and not any(map(PATTERN_OPTION.match, rest)):
         first = next((at for at, word in enumerate(rest) if not word.startswith("-")), len(rest))
         return rest[:first] + rest[first + 1 :]
     dropped: tuple[str, ...] = ()
@@ -2014,8 +2033,8 @@ def _path_words(words: Sequence[str]) -> list[str]:
         dropped = ("-name", "-iname", "-path", "-ipath", "-wholename", "-regex", "-iregex", "-type", "-size", "-printf")
     elif name == "git" and rest[:1] in (["commit"], ["tag"], ["stash"], ["notes"], ["merge"]):
         dropped = ("-m", "-am", "--message")
-        rest = [word for word in rest if not re.match("-a?m.|--message=", word)]
-    return [word for before, word in zip([name, *rest], rest) if before not in dropped]
+        rest = [word for word in rest if not MESSAGE.match(word)]
+    return [word for before, word in zip([name, *rest], rest) if before not in dropped] if dropped else rest
 
 
 def _is_computed(word: str) -> bool:
@@ -2064,20 +2083,20 @@ def _paths(words: Sequence[str], ctx: Context, cwds: Sequence[str]) -> tuple[str
     parts: dict[str, None] = {}
     dashes = True
     for word in words:
-        if not word.startswith("-") or not dashes:
-            parts[word] = None
-        else:
-            parts[re.sub(r"^-+\w", "", word)] = None
-        if re.search("[=@:]", word):
+        option = OPTION_LETTER.match(word) if dashes else None
+        parts[word[option.end() :] if option else word] = None
+        if "=" in word or "@" in word or ":" in word:
             parts.update(dict.fromkeys((word.partition("=")[2], word.rpartition("@")[2], word.rpartition(":")[2])))
         dashes = dashes and word != "--"
     found: dict[str, None] = {}
     for part in parts:
-        if part and len(part) < 4096 and not ANY_TEXT.search(part):
+        if part and len(part) < 4096 and not ("\0" in part and ANY_TEXT.search(part)):
+            known = "\0" not in part and GLOB not in part
             for cwd in cwds:
-                found[absolute(part, ctx, cwd)] = None
-                if len(found) < PATH_LIMIT and not MARK.search(part):
-                    found[ctx.real_path(_joined(part, ctx, cwd))] = None
+                joined = _joined(part, ctx, cwd)
+                found[_normal(joined)] = None
+                if known and len(found) < PATH_LIMIT:
+                    found[ctx.real_path(joined)] = None
     return tuple(found)
 
 
