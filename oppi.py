@@ -1552,24 +1552,29 @@ DEEP_READERS = {  # program or tool -> words with which it reads whole folders
     "grep": r"^grep$| -\w*[rR]| --(rec|deref|dir)", "cp": r" -\w*[rRa]| --(rec|arc)", "diff": r" -\w*r| --rec",
     "tar": r"^tar -?\w*[crAu]| --(cr|app|up|cat)", **dict.fromkeys("rg ag ack zip rsync ditto 7z mv".split(), ""),
 }  # fmt: skip
+WIDE_CHANGES = {  # program -> what makes it change all below its operands
+    **dict.fromkeys("rm chmod chown chgrp".split(), r" (-[a-zA-Z]*[rR]|--r)"), "find": " -delete", "mv": "",
+}  # fmt: skip
+ERASERS = regex("(?i)mkfs|newfs|mke2fs|wipefs|sgdisk|blkdiscard|badblocks|diskutil (erase|partition|zero|secureerase)")
 SYSTEM_ROOTS = tuple("/etc /usr /bin /sbin /lib /lib64 /boot /System /Library /dev /proc /sys /var/db /private/etc".split())
 SYSTEM_FILES = ("/etc/", "/private/etc/", "/system/", "/library/", "/boot/")
 PROGRAM_FILES = ("/usr/", "/bin/", "/sbin/", "/lib", "/opt/homebrew/")
 DISKS = regex(r"/dev/(?!null|zero|u?random|std|fd/|tty|full)")
 SELF_STARTING = regex(
-    r"/\.git/(hooks(/|$)|config|info/attributes|modules/)|/launch(agents|daemons)(/|$)|/fetch/allowed_domains\.txt$|/\.zlogout$"
-    r"|/\.git/(.*/)?(hooks/|config(\.worktree)?$)|/\.pi/(extensions|settings\.json)|/\.(husky|oh-my-zsh)/|/\.envrc$"
-    r"|/\.claude/settings|/var/(spool/cron|at)/|/\.config/(git|fish|systemd|autostart)/"
-    r"|/\.bash_(aliases|logout)$|/\.(vim|emacs|tmux\.conf|inputrc|xprofile|xinitrc)"
+    r"/(?:\.git/(hooks(/|$)|config|info/attributes|modules/)|launch(agents|daemons)(/|$)|fetch/allowed_domains\.txt$|\.zlogout$"
+    r"|\.git/(.*/)?(hooks/|config(\.worktree)?$)|\.pi/(extensions|settings\.json)|\.(husky|oh-my-zsh)/|\.envrc$"
+    r"|\.claude/settings|var/(spool/cron|at)/|\.config/(git|fish|systemd|autostart)/"
+    r"|\.bash_(aliases|logout)$|\.(vim|emacs|tmux\.conf|inputrc|xprofile|xinitrc))"
 )
+GIT_FOLDER = regex(r"/(?:\.git(?:/|$)|head$)")
 START_FILES = frozenset(
     ".bashrc .bash_profile .bash_login .profile .zshrc .zprofile .zshenv .zlogin .gitconfig .config/fish/config.fish".split()
 )
-SECRET_PATH = regex(
-    r"(?i)/\.(?:ssh|aws|gnupg|docker|kube|azure)(?:/|$)|/\.config/(?:gh|gcloud)(?:/|$)|/Library/Keychains(?:/|$)"
-    r"|/(?:\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json|\.git-credentials|\.pgpass|\.vault-token)$"
-    r"|/\.cargo/credentials|/\.config/git/credentials$|^/etc/shadow$|^/proc/.*/environ$"
-    r"|/(?P<own>config\.json|devices\.json|identity_ed25519|apns\.json)$"  # of this server's data directory
+SECRET_PATH = regex(  # it begins with a plain character, which makes the search fast
+    r"(?i)/(?:\.(?:ssh|aws|gnupg|docker|kube|azure)(?:/|$)|\.config/(?:gh|gcloud)(?:/|$)|Library/Keychains(?:/|$)"
+    r"|(?:\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json|\.git-credentials|\.pgpass|\.vault-token)$"
+    r"|\.cargo/credentials|\.config/git/credentials$|(?<=^/)etc/shadow$|(?<=^/)proc/.*/environ$"
+    r"|(?P<own>config\.json|devices\.json|identity_ed25519|apns\.json)$)"  # of this server's data directory
 )
 SECRET_HOMES = ".ssh .aws .gnupg .docker .kube .azure .config/gh .config/gcloud .netrc .npmrc .pypirc Library/Keychains".split()
 SECRET_FILES = (".env", ".netrc", ".npmrc", ".pypirc", "auth.json")
@@ -1580,6 +1585,7 @@ CHANGED_PROGRAMS = regex(  # variables that decide what a program is or runs
     r"\w*PAGER|\w*EDITOR|VISUAL|BROWSER|PYTHON\w+|NODE_(OPTIONS|PATH)|PERL\w+|RUBY\w+|JAVA_TOOL_OPTIONS|npm_config_\w+|LESS\w+|"
     r"RIPGREP_CONFIG_PATH|TAR_OPTIONS|GLOBIGNORE"
 )
+INLINE_CODE = regex("-[A-Za-z0-9]*[cemEpr]|--e|--p|eval$")
 DATA_FLAGS = regex(r"-[A-Za-z]*[dFTKun].*|@.*|file:.*|(?=[^-].*[./:]).*[\[\]{}].*")
 SENDING = "data form json upload-file user config url-query expand- post-data post-file body-data body-file variable".split()
 UNSAFE_METHOD = regex(r"(?i)(^| )(-[a-z]*X|--req[a-z]*|--met[a-z]*)[ =]?(?!(GET|HEAD)( |$))\w")
@@ -1700,10 +1706,10 @@ NEVER = (
     "Deleting or changing the system or the home directory", "Overwriting a disk", "Fork bombs", "Writing system files",
     "Calling this server",
 )  # fmt: skip
-ASKS_OF: dict[str, list[Ask]] = {}
+ASKS_OF: dict[str, list[tuple[Ask, re.Pattern[str]]]] = {}
 for _row in ASKS:
     for _name in _row.programs.split():
-        ASKS_OF.setdefault(_name, []).append(_row)
+        ASKS_OF.setdefault(_name, []).append((_row, regex(_row.pattern)))
 
 
 def absolute(path: str, ctx: Context, cwd: str = "") -> str:
@@ -2147,7 +2153,7 @@ def _hard(action: Action, ctx: Context) -> str:
     if action.verb != "run":
         return "Blocked access to secret credential files" if base_name(action.path) == "auth.json" else ""
     name, text = action.words[0], action.text
-    if name not in HELPERS and any(base_name(word) == "auth.json" for word in action.words[1:]):
+    if "auth.json" in text and name not in HELPERS and "auth.json" in map(base_name, action.words[1:]):
         return "Blocked access to secret credential files"
     if name in PRIVILEGE:
         return "Blocked privilege escalation"
@@ -2155,33 +2161,27 @@ def _hard(action: Action, ctx: Context) -> str:
         return "Blocked fork bomb"
     if name == "printenv" and SECRET_VARIABLE.search(text):
         return "Blocked access to secrets in the environment"
-    deleting = " -delete" in text if name == "find" else name == "mv" or re.search(r" (-[a-zA-Z]*[rR]|--r)", text)
-    if name in ("rm", "chmod", "chown", "chgrp", "find", "mv") and deleting and not action.doubtful:
+    if name in WIDE_CHANGES and not action.doubtful and re.search(WIDE_CHANGES[name], text):
         operands = [word for word in _path_words(action.words) if not word.startswith("-")]
         if any(_wide(path, ctx) for path in _paths(operands[:-1] if name == "mv" else operands, ctx, action.cwds)):
             return "Blocked catastrophic change"
-    if name.startswith(("mkfs", "newfs", "mke2fs", "wipefs", "sgdisk", "blkdiscard", "badblocks")) or re.match(
-        "diskutil (erase|partition|zero|secureerase)", text.lower()
-    ):
+    if ERASERS.match(text) or (name in WRITERS and any(map(DISKS.match, action.targets))):
         return "Blocked disk overwrite"
-    if name in WRITERS and any(DISKS.match(path) for path in action.targets):
-        return "Blocked disk overwrite"
-    if ctx.port and str(ctx.port) in text:
-        calls = name in FETCHERS or "network" in "".join(ask.reason for ask in ASKS_OF.get(name, ()))
-        if calls and re.search(rf"(^|\D){ctx.port}(\D|$)", text):
+    if ctx.port and str(ctx.port) in text and re.search(rf"(^|\D){ctx.port}(\D|$)", text):
+        if name in FETCHERS or any("network" in ask.reason for ask, _ in ASKS_OF.get(name, ())):
             return "Blocked call to this server"
     return ""
 
 
 def _protected(action: Action, ctx: Context) -> str:
     """Why an action that changes what guards the agent must always be asked about, or ""."""
-    if action.verb in ("read", "remark") or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
+    name = action.words[0] if action.words else ""
+    if name in ("tar", "unzip", "curl", "wget") and ctx.home in action.paths and action.verb == "run":
+        return "Writes into your home directory"
+    if not action.targets or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
         return ""
     kept = [each.casefold() for each in (ctx.data_dir, ctx.agent_dir, *ctx.protected)]
     home, above = ctx.home.casefold(), ("/", ctx.home.casefold(), ctx.cwd.casefold())
-    name = action.words[0] if action.words else ""
-    if name in ("tar", "unzip", "curl", "wget") and ctx.home in action.paths:
-        return "Writes into your home directory"
     system = SYSTEM_FILES + PROGRAM_FILES if name in WRITERS else SYSTEM_FILES
     for path in action.targets:
         low = path.casefold()  # a Mac's file system ignores case
@@ -2191,8 +2191,8 @@ def _protected(action: Action, ctx: Context) -> str:
             return f"Modifying {base_name(path)} changes the system"
         if inside(low, home) and low[len(home) + 1 :] in START_FILES:
             return f"Modifying {base_name(path)} changes what every new shell runs"
-        git = re.search(r"/\.git(/|$)|/head$", low) and (action.verb == "write" or (name in COPIERS and low.endswith("/.git")))
-        if SELF_STARTING.search(low) or git:
+        git = (action.verb == "write" or (name in COPIERS and low.endswith("/.git"))) and GIT_FOLDER.search(low)
+        if git or SELF_STARTING.search(low):
             return f"Modifying {base_name(path)} changes what runs by itself"
     return ""
 
@@ -2204,8 +2204,7 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
     if any(GLOB in path and _reaches(path, ctx, False) for path in action.paths):
         return "high", "May reach secret credential files"
     name, options = action.words[0] if action.words else "", action.words[1:]
-    deep = DEEP_READERS.get(name)
-    if deep is not None and re.search(deep, " ".join(action.words)):
+    if name in DEEP_READERS and re.search(DEEP_READERS[name], action.text or name):
         here = action.cwds if name != "rg" or re.search(r" -(\w*[u.]|-hidden|-no-ignore)", action.text) else ()
         if any(_reaches(path, ctx, True) for path in (*action.paths, *here)):
             return "high", "Reads a folder that holds credentials"
@@ -2213,14 +2212,11 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
         return "", ""
     if name in INTERPRETERS:
         devices = [word for word in options if word in ("-", "-s") or word.startswith(("/dev/", "/proc/"))]
-        inline = any(re.match("-[A-Za-z0-9]*[cemEpr]|--e|--p|eval$", word) for word in options)
+        inline = any(map(INLINE_CODE.match, options))
         script = bool(options) and (options[0][:1] != "-" or inline) and not devices
         shown = bool(action.code) and name not in SHELLS
-        if (
-            (action.fed and not shown and not script)
-            or (name in SHELLS and not options)
-            or any("/fd/" in word for word in devices)
-        ):
+        fed = action.fed and not shown and not script
+        if fed or (name in SHELLS and not options) or any("/fd/" in word for word in devices):
             return "high", "Pipe to shell (arbitrary code execution)"
         if RISKY_CODE.search(action.text if inline else action.code):
             return "high", "Code that deletes, runs programs or uses the network"
@@ -2228,7 +2224,7 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
         return "medium", "Outbound data transfer"
     if "find" in action.via and name in WRITERS:
         return "high", "Changes all that it finds"
-    if name not in ARGUMENTS_DO_NOTHING and any(ANY_TEXT.search(word) for word in options):
+    if ANY_TEXT.search(action.text) and name not in ARGUMENTS_DO_NOTHING:
         return "medium", "Its arguments are computed when it runs"
     return "", ""
 
@@ -2588,8 +2584,8 @@ def _listed(action: Action, ctx: Context) -> list[Ask]:
     if action.verb != "run":
         return []
     rest = action.text[len(action.words[0]) :]
-    rows = (ask for ask in ASKS_OF.get(action.words[0], ()) if not ask.presets or ctx.preset in ask.presets)
-    return [ask for ask in rows if re.search(ask.pattern, rest)]
+    rows = ASKS_OF.get(action.words[0], ())
+    return [ask for ask, pattern in rows if (not ask.presets or ctx.preset in ask.presets) and pattern.search(rest)]
 
 
 def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Verdict:
