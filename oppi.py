@@ -730,7 +730,9 @@ PIECE = regex(
 _LITERAL = (
     r"""(?:([A-Za-z0-9_@%+=:./^!\]#-]+)|'([^']*)'|"([^"\\$`]*)")(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)"""
 )
-LITERAL, NEXT_LITERAL = regex(_LITERAL), regex(rf"[ 	]*(?!#){_LITERAL}")
+LITERAL = regex(_LITERAL)
+NEXT_LITERAL = regex(rf"[ \t]*(?!#){_LITERAL}")
+FIRST_LITERAL = regex(rf"(?!{NAME}\+?=){_LITERAL}")
 QUOTED = regex(r"""(?P<plain>(?:[^"\\$`]|\\[^"\\$`\n])+)|\\(?P<escape>["\\$`])|(?P<expansion>[$`])""")
 VARIABLE = regex(rf"\$(?:({NAME})(?![A-Za-z0-9_]|\\\n)|\{{({NAME})\}})")
 COUNTED = regex(rf"\$(?:[#?$]|\{{#{NAME}(?:\[[@*]\])?\}})")
@@ -750,7 +752,9 @@ BACKTICKS = regex(r"([^`\\]*)`")
 ASSIGNMENT = regex(rf"({NAME})(\+?)=")
 LEADING = regex(rf"({NAME})(?:(\+?)=|(?P<subscript>\[))")
 # A line that is continued elsewhere joins what is around it.
-BLANK = regex(r"(?:[ \t]|(?:(?<=[ \t\n|])|(?<=&&))\\\n|(?<=;)\\\n(?![;&\\]))*(?:#[^\n]*)?")
+BLANK = regex(
+    r"[ \t]*(?:\\\n(?:(?<=[ \t\n|]\\\n)|(?<=&&\\\n)|(?<=;\\\n)(?![;&\\]))[ \t]*)*(?:#[^\n]*)?"
+)
 KEYWORD = regex(
     r"(?:if|then|elif|else|fi|while|until|do|done|for|case|esac|in|select|function|coproc|time|\[\[|\]\]|[{}!])(?=[\s;&|()<>]|$)"
     r"|\(\(?"
@@ -1202,7 +1206,8 @@ class _Shell:
 
     def simple(self) -> None:
         command, begin, start = Command(within=self.within, fed=self.fed), self.at, -1
-        words: list[str] = []
+        literal = self.take(FIRST_LITERAL)
+        words = [literal.group(literal.lastindex or 0)] if literal else []
         sets: list[tuple[str, str]] = []
         while start != self.at:
             start = self.at
@@ -1221,7 +1226,7 @@ class _Shell:
                 sets.append((match.group(1), ANY if match.group(2) else value))
             else:
                 words += self.word()
-        self.step(2)
+        self.step(3)
         self.need(words or sets or command.reads or command.writes or command.fed != self.fed)
         source = self.text[begin : self.at].strip(" \t\n")
         if words:
@@ -1570,10 +1575,10 @@ GIT_FOLDER = regex(r"/(?:\.git(?:/|$)|head$)")
 START_FILES = frozenset(
     ".bashrc .bash_profile .bash_login .profile .zshrc .zprofile .zshenv .zlogin .gitconfig .config/fish/config.fish".split()
 )
-SECRET_PATH = regex(  # it begins with a plain character, which makes the search fast
-    r"(?i)/(?:\.(?:ssh|aws|gnupg|docker|kube|azure)(?:/|$)|\.config/(?:gh|gcloud)(?:/|$)|Library/Keychains(?:/|$)"
-    r"|(?:\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json|\.git-credentials|\.pgpass|\.vault-token)$"
-    r"|\.cargo/credentials|\.config/git/credentials$|(?<=^/)etc/shadow$|(?<=^/)proc/.*/environ$"
+SECRET_PATH = regex(  # sorted by first characters, which makes the search fast
+    r"(?i)/(?:\.(?:(?:ssh|aws|gnupg|docker|kube|azure|config/gh|config/gcloud)(?:/|$)|cargo/credentials|config/git/credentials$"
+    r"|(?:npmrc|netrc|pypirc|env|env\.[^/]+|git-credentials|pgpass|vault-token)$)"
+    r"|Library/Keychains(?:/|$)|agent/auth\.json$|(?<=^/)etc/shadow$|(?<=^/)proc/.*/environ$"
     r"|(?P<own>config\.json|devices\.json|identity_ed25519|apns\.json)$)"  # of this server's data directory
 )
 SECRET_HOMES = ".ssh .aws .gnupg .docker .kube .azure .config/gh .config/gcloud .netrc .npmrc .pypirc Library/Keychains".split()
@@ -1881,7 +1886,7 @@ class _Unfolding:
             self.cwds = self.cwds[:PLACES]
 
     def command(self, command: Command, words: tuple[str, ...]) -> None:
-        for verb, paths in (("write", command.writes), ("read", command.reads)):
+        for verb, paths in (("write", command.writes), ("read", command.reads)) if command.redirects else ():
             for path in {variant for word in paths for variant in self.choices(word, ())}:
                 if ANY_TEXT.search(path) or ENVIRONMENT in path or EMPTY in path:
                     self.actions.append(_remark(f"Where it {verb}s is computed when it runs"))
@@ -1896,8 +1901,10 @@ class _Unfolding:
 
     def run(self, words: tuple[str, ...], command: Command, via: tuple[str, ...] = ()) -> None:
         """The actions of one program with its words, and of what it runs in turn."""
-        doubtful = any(EMPTY in word for word in words)
-        words = tuple(word.replace(EMPTY, "") for word in words)
+        raw = " ".join(words)
+        doubtful = EMPTY in raw
+        if doubtful:
+            raw, words = raw.replace(EMPTY, ""), tuple(word.replace(EMPTY, "") for word in words)
         name = base_name(words[0]).lower()
         if _is_computed(words[0]) or not name or not name.isascii() or len(via) > DEPTH:
             self.remarks(True, "Which program runs is not certain", words=words)
@@ -1914,10 +1921,11 @@ class _Unfolding:
         else:
             hidden = self.hides(name, words, command, via)
         self.remarks(hidden, "What it runs is not looked into", words=words)
-        self.actions.append(self.program(name, words, command, via)._replace(doubtful=doubtful))
+        self.program(Action("run", words, "", raw, (), command.fed, True, (), (), via, command.source, command.text, doubtful))
 
-    def program(self, name: str, words: tuple[str, ...], command: Command, via: tuple[str, ...]) -> Action:
-        """The action of a program, and remarks on what its name and first words say of it."""
+    def program(self, run: Action) -> None:
+        """Adds the action of a program, of which everything but its meaning is known, and remarks on its words."""
+        name, words = base_name(run.words[0]).lower(), run.words
         normal = normal_words(words)
         options = words[1 : len(words) - len(normal) + 1] if normal[0] == "git" else ()
         self.remarks(any(map(GIT_PROGRAMS.match, options)), "Changes what git runs")
@@ -1931,12 +1939,11 @@ class _Unfolding:
         for option, value in zip(options, options[1:]):
             cwds = tuple(absolute(value, self.ctx, cwd) for cwd in cwds) if option == "-C" else cwds
         paths, targets = _touched(normal, options, self.ctx, cwds)
-        raw = " ".join(words)
-        text = raw if normal == words else " ".join(normal)
-        return Action(
-            "run", normal, "", raw, cwds, command.fed, plain, paths, targets, via, command.source, command.text, False, own,
+        text = run.raw if normal == words else " ".join(normal)
+        self.actions.append(Action(
+            "run", normal, "", run.raw, cwds, run.fed, plain, paths, targets, run.via, run.source, run.code, run.doubtful, own,
             words, text,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def hides(self, name: str, words: tuple[str, ...], command: Command, via: tuple[str, ...]) -> bool:
         """Looks into a program that runs other programs; whether it cannot be."""
@@ -2112,17 +2119,21 @@ def _secret(path: str, ctx: Context) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _secret_places(home: str, agent_dir: str, data_dir: str) -> list[list[str]]:
-    """Where credentials are known to lie, in lower case and in parts."""
+def _secret_places(home: str, agent_dir: str, data_dir: str) -> list[str]:
+    """Where credentials are known to lie, in lower case."""
     places = [f"{home}/{name}" for name in SECRET_HOMES] + [f"{agent_dir}/auth.json"]
     places += [f"{data_dir}/{name}" for name in ("config.json", "devices.json", "identity_ed25519", "apns.json")]
-    return [place.casefold().split("/") for place in places]
+    return [place.casefold() for place in places]
 
 
 def _reaches(path: str, ctx: Context, below: bool) -> bool:
     """Whether a path with globs may be one of credentials; with `below` also if such may be below it."""
-    parts = path.casefold().rstrip("/").split("/")
-    for wanted in _secret_places(ctx.home, ctx.agent_dir, ctx.data_dir):
+    path = path.casefold().rstrip("/")
+    places = _secret_places(ctx.home, ctx.agent_dir, ctx.data_dir)
+    if GLOB not in path:
+        return any(inside(path, place) or (below and inside(place, path)) for place in places)
+    parts = path.split("/")
+    for wanted in (place.split("/") for place in places):
         if (below or len(parts) >= len(wanted)) and all(map(_part_matches, parts, wanted)):
             return True
     return GLOB in parts[-1] and any(_part_matches(parts[-1], name) for name in SECRET_FILES[:-1])
@@ -2146,7 +2157,7 @@ def _wide(path: str, ctx: Context) -> bool:
 
 def _hard(action: Action, ctx: Context) -> str:
     """Why an action is never allowed, or ""."""
-    if any(_secret(path, ctx) for path in action.paths):
+    if any(map(SECRET_PATH.search, action.paths)) and any(_secret(path, ctx) for path in action.paths):
         return "Blocked access to secret credential files"
     if action.verb == "write" and any(guarded(path, root) for path in action.paths for root in SYSTEM_ROOTS):
         return "Blocked write to system files"
@@ -2173,6 +2184,14 @@ def _hard(action: Action, ctx: Context) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=8)
+def _kept(data_dir: str, agent_dir: str, protected: tuple[str, ...], home: str, cwd: str) -> tuple[set[str], tuple[str, ...]]:
+    """What guards the agent, in lower case: those files and the folders above them, and what is below begins with."""
+    own = [path.casefold() for path in (data_dir, agent_dir, *protected)]
+    above = {path[: mark.start()] or "/" for path in own for mark in re.finditer("/", path)} | {"//"}
+    return {*above.difference(["/", home.casefold(), cwd.casefold()]), *own}, tuple(path.rstrip("/") + "/" for path in own)
+
+
 def _protected(action: Action, ctx: Context) -> str:
     """Why an action that changes what guards the agent must always be asked about, or ""."""
     name = action.words[0] if action.words else ""
@@ -2180,16 +2199,16 @@ def _protected(action: Action, ctx: Context) -> str:
         return "Writes into your home directory"
     if not action.targets or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
         return ""
-    kept = [each.casefold() for each in (ctx.data_dir, ctx.agent_dir, *ctx.protected)]
-    home, above = ctx.home.casefold(), ("/", ctx.home.casefold(), ctx.cwd.casefold())
+    kept, within = _kept(ctx.data_dir, ctx.agent_dir, ctx.protected, ctx.home, ctx.cwd)
+    home = ctx.home.casefold() + "/"
     system = SYSTEM_FILES + PROGRAM_FILES if name in WRITERS else SYSTEM_FILES
     for path in action.targets:
         low = path.casefold()  # a Mac's file system ignores case
-        if any(inside(low, each) or (inside(each, low) and low not in above) for each in kept):
+        if low in kept or low.startswith(within):
             return f"Modifying {base_name(path)} requires approval"
         if low.startswith(system):
             return f"Modifying {base_name(path)} changes the system"
-        if inside(low, home) and low[len(home) + 1 :] in START_FILES:
+        if low.startswith(home) and low[len(home) :] in START_FILES:
             return f"Modifying {base_name(path)} changes what every new shell runs"
         git = (action.verb == "write" or (name in COPIERS and low.endswith("/.git"))) and GIT_FOLDER.search(low)
         if git or SELF_STARTING.search(low):
@@ -2201,7 +2220,7 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
     """(risk, reason) of a pattern that leaks data or runs code from elsewhere, or ("", "")."""
     if action.verb == "remark":
         return action.words[0], action.words[1]
-    if any(GLOB in path and _reaches(path, ctx, False) for path in action.paths):
+    if GLOB in "".join(action.paths) and any(GLOB in path and _reaches(path, ctx, False) for path in action.paths):
         return "high", "May reach secret credential files"
     name, options = action.words[0] if action.words else "", action.words[1:]
     if name in DEEP_READERS and re.search(DEEP_READERS[name], action.text or name):
@@ -2594,8 +2613,9 @@ def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Ver
     risk, reason = _heuristic(action, ctx)
     if reason:
         return Verdict("ask", risk, reason, "heuristic")
-    listed = max((Verdict("ask", ask.risk, ask.reason, "rule") for ask in _listed(action, ctx)), key=_rank, default=None)
-    stored = next(iter(_stored(call, [action], rules, ctx, "ask", "allow")), None)
+    asks = [Verdict("ask", ask.risk, ask.reason, "rule") for ask in _listed(action, ctx)]
+    listed = max(asks, key=_rank) if asks else None
+    stored = next(iter(_stored(call, [action], rules, ctx, "ask", "allow")), None) if rules else None
     if stored and not (listed and listed.risk == "high" and stored.action == "allow"):
         return stored
     browser = _browser(action, ctx) if action.verb == "run" else None
