@@ -777,6 +777,7 @@ DECLARATIONS = frozenset("export declare local readonly typeset".split())
 SIMPLE_SETTERS = DECLARATIONS | {"read", "unset"}
 SETTERS = SIMPLE_SETTERS | frozenset("let mapfile readarray getopts wait shift".split())
 HIDDEN_SETTERS = SETTERS | {"printf", "test", "[", "command", "builtin"}  # what must not stand behind a variable
+BUILTINS = SIMPLE_SETTERS | {"printf", "test", "[", "command", "builtin"}
 TESTS = COMPARISON | frozenset("= == != < > -a -o -nt -ot -ef ] )".split())
 STANDARD_STREAMS = ("/dev/null", "/dev/stdout", "/dev/stderr", "/dev/tty")
 
@@ -1205,7 +1206,7 @@ class _Shell:
                     command = command._replace(writes=(*command.writes, path))
 
     def simple(self) -> None:
-        command, begin, start = Command(within=self.within, fed=self.fed), self.at, -1
+        command, begin, start = Command((), (), (), (), self.fed, self.within), self.at, -1
         literal = self.take(FIRST_LITERAL)
         words = [literal.group(literal.lastindex or 0)] if literal else []
         sets: list[tuple[str, str]] = []
@@ -1229,16 +1230,17 @@ class _Shell:
         self.step(3)
         self.need(words or sets or command.reads or command.writes or command.fed != self.fed)
         source = self.text[begin : self.at].strip(" \t\n")
-        if words:
+        if words and words[0] in BUILTINS:
             self.need(words[0] not in DECLARATIONS or "{" not in source)
-            self.program(words[0], [name for name, _ in sets])
+            self.need(words[0] not in SIMPLE_SETTERS or not sets or (words[0] == "read" and [name for name, _ in sets] == ["IFS"]))
             self.builtin(words[0], words[1:])
+        elif words and (mark := MARK.search(words[0])):
+            self.need(mark.group() == words[0])
+            self.programs.add(mark.group(2) or "")
         for name, value in sets if not words or "\1" in words[0] else ():
             self.assign(name, value, self.sure and not command.reads and not command.writes and not words)
-        writes, reads, fed, count = command.writes, command.reads, command.fed, command.redirects
-        self.commands.append(
-            Command(tuple(words), writes, reads, tuple(sets), fed, self.within, redirects=count, source=source)
-        )
+        _, writes, reads, _, fed, within, text, then, count, _ = command
+        self.commands.append(Command(tuple(words), writes, reads, tuple(sets), fed, within, text, then, count, source))
 
     def first(self, sets: list[tuple[str, str]], command: Command) -> re.Match[str] | None:
         """The assignment that stands before the program, if one does."""
@@ -1258,13 +1260,6 @@ class _Shell:
             self.space()
         self.need("\\" not in self.text[begin : self.at] and self.peek(re.compile(r"[\s;|&)]|$")) is not None)
         return ANY
-
-    def program(self, word: str, assigned: list[str]) -> None:
-        """Some of bash's own commands do not take what is assigned before them as others do."""
-        self.need(word not in SIMPLE_SETTERS or not assigned or (word == "read" and assigned == ["IFS"]))
-        for mark in MARK.finditer(word):
-            self.need(mark.group() == word)
-            self.programs.add(mark.group(2) or "")
 
     def builtin(self, name: str, words: list[str]) -> None:
         """What bash's own commands do to variables.  Some also run what is hidden in a subscript."""
