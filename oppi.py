@@ -1042,8 +1042,9 @@ class _Shell:
             self.sequence("")
         return ANY if quoted else ANY_WORDS
 
-    def arithmetic(self) -> None:
-        """`((…))`.  Bash evaluates the text that its variables hold, so that has to be a number."""
+    def arithmetic(self, taken: int = 0) -> None:
+        """`((…))`, of which some is taken.  Bash evaluates the text that its variables hold: that has to be a number."""
+        self.at -= taken
         text = self.need(self.take(ARITHMETIC)).group(1)
         names = re.findall(NAME, text)
         self.need(not any(OWN_VARIABLES.fullmatch(name) for name in names))
@@ -1232,7 +1233,7 @@ class _Shell:
         source = self.text[begin : self.at].strip(" \t\n")
         if words and words[0] in BUILTINS:
             self.need(words[0] not in DECLARATIONS or "{" not in source)
-            self.need(words[0] not in SIMPLE_SETTERS or not sets or (words[0] == "read" and [name for name, _ in sets] == ["IFS"]))
+            self.need(not sets or words[0] not in SIMPLE_SETTERS or [words[0], *dict(sets)] == ["read", "IFS"])
             self.builtin(words[0], words[1:])
         elif words and (mark := MARK.search(words[0])):
             self.need(mark.group() == words[0])
@@ -1282,16 +1283,6 @@ class _Shell:
                 self.assign(match.group(1), ANY if match.group(2) else word[match.end() :], self.sure)
             elif re.fullmatch(NAME, word) and name not in ("export", "readonly"):
                 self.assign(word, ANY if name == "read" else "", False)
-
-    def _brace(self) -> None:
-        self.sequence("}")
-
-    def _subshell(self) -> None:
-        self.sequence(")")
-
-    def _arithmetic(self) -> None:
-        self.at -= 2
-        self.arithmetic()
 
     def _if(self) -> None:
         end = "elif"
@@ -1372,9 +1363,9 @@ class _Shell:
             self.need(re.fullmatch(r"-?[0-9]+", operand) or (mark and mark.group(2)))
             self.counts.update([mark.group(2)] if mark else [])
 
-    COMPOUNDS: dict[str, Callable[[_Shell], None]] = {
-        "{": _brace, "(": _subshell, "((": _arithmetic, "if": _if, "while": _while, "until": _while, "for": _for, "case": _case,
-        "[[": _test,
+    COMPOUNDS: dict[str, Callable[[_Shell], Any]] = {
+        "{": lambda self: self.sequence("}"), "(": lambda self: self.sequence(")"), "((": lambda self: self.arithmetic(2),
+        "if": _if, "while": _while, "until": _while, "for": _for, "case": _case, "[[": _test,
     }  # fmt: skip
 
     def script(self) -> Script:
@@ -1547,6 +1538,7 @@ MENTIONING = PRIVILEGE | frozenset([*READERS, *"git man type command brew apt ap
 FETCHERS = frozenset("curl wget http https xh aria2c".split())
 COPIERS = frozenset("cp mv ln install ditto rsync".split())  # the last operand is changed
 WRITERS = COPIERS | frozenset("rm rmdir tee touch mkdir chmod chown chgrp truncate unlink shred dd sponge sed".split())
+VERSIONED = regex(r"^(python|perl|ruby|php|lua|node)(js)?[\d.]+$")
 GNU_NAMES = WRITERS | frozenset("find tar awk xargs env timeout nice nohup stdbuf".split())  # Homebrew puts a g before them
 DEEP_READERS = {  # program or tool -> words with which it reads whole folders
     "grep": r"^grep$| -\w*[rR]| --(rec|deref|dir)", "cp": r" -\w*[rRa]| --(rec|arc)", "diff": r" -\w*r| --rec",
@@ -1600,6 +1592,10 @@ SED_COMMAND = regex(  # one that neither runs (e, s///e) nor writes (w, s///w) n
     rf"[\s;]*(?:{SED_ADDRESS}(?:,[+~]?{SED_ADDRESS})?)?\s*!?\s*(?:[pdqQDGHNPgnxlh=]|[aic]\\?[^\n]*|"
     r"(?:s(?P<s>[^\w\s\\;])(?:(?!(?P=s))[^\\\n]|\\[\s\S])*(?P=s)(?:(?!(?P=s))[^\\]|\\[\s\S])*(?P=s)[gIip0-9]*)|"
     r"(?:y(?P<y>[^\w\s\\;])(?:(?!(?P=y))[^\\]|\\.)*(?P=y)(?:(?!(?P=y))[^\\]|\\.)*(?P=y)))\s*(?:[;\n]\s*|$)"
+)
+SED_OPTION = regex(
+    r"--(?:(?P<expression>expression)|quiet|silent|in-place|regexp-extended|null-data|separate|version)"
+    r"(?P<glued>=(?P<long>[\s\S]*))?\Z|-[nErsuz]*(?:e(?P<short>.*)|i.*)?$"
 )
 SED_IN_PLACE = regex(r"-\w*i|--i")
 GIT_PROGRAMS = regex(r"-c|--exec-path=|--config-env")  # options of git that make it run something else
@@ -1706,6 +1702,10 @@ NEVER = (
     "Deleting or changing the system or the home directory", "Overwriting a disk", "Fork bombs", "Writing system files",
     "Calling this server",
 )  # fmt: skip
+HEURISTICS = (
+    ("data-egress", "Outbound data transfer", "medium"), ("pipe-shell", "Pipe to shell", "high"),
+    ("secret-env-url", "Secrets of the environment", "high"),
+)  # fmt: skip
 ASKS_OF: dict[str, list[tuple[Ask, re.Pattern[str]]]] = {}
 for _row in ASKS:
     for _name in _row.programs.split():
@@ -1745,13 +1745,9 @@ def normal_words(words: Sequence[str]) -> tuple[str, ...]:
     name = base_name(words[0]).lower()  # a Mac's file system ignores case
     if name.startswith("git-"):
         words = ["git", name[4:], *words[1:]]
-    elif name[:1] == "g" and name[1:] in GNU_NAMES:
-        words = [name[1:], *words[1:]]
     else:
-        words = [
-            re.sub(r"^(python|perl|ruby|php|lua|node)(js)?[\d.]+$", r"\1", name) if name[-1:].isdigit() else name,
-            *words[1:],
-        ]
+        name = name[1:] if name[:1] == "g" and name[1:] in GNU_NAMES else VERSIONED.sub(r"\1", name)
+        words = [name, *words[1:]]
     if words[0] == "git":
         while len(words) > 1 and words[1].startswith("-"):
             del words[1 : 3 if words[1] in GIT_VALUES else 2]
@@ -2053,27 +2049,13 @@ def _sed_is_harmless(words: Sequence[str]) -> bool:
     """Whether sed only edits: its script runs nothing and writes nowhere else."""
     scripts, rest = [], list(words[1:])
     while rest and rest[0].startswith("-") and rest[0] != "--":
-        option = rest.pop(0)
-        name, glued, value = option.partition("=")
-        if name in (
-            "--expression",
-            "--quiet",
-            "--silent",
-            "--in-place",
-            "--regexp-extended",
-            "--null-data",
-            "--separate",
-            "--version",
-        ):
-            scripts += (
-                [value] if name == "--expression" and glued else [rest.pop(0) if rest else ""] if name == "--expression" else []
-            )
-        elif match := re.match(r"-[nErsuz]*(?:e(.*)|i.*)?$", option):
-            scripts += [match.group(1) or (rest.pop(0) if rest else "")] if match.group(1) is not None else []
-        else:
+        match = SED_OPTION.match(rest.pop(0))
+        if not match:
             return False
-    scripts = scripts or [word for word in rest if word][:1]
-    return all(_is_sed_script(script) for script in scripts)
+        script = match.group("long") if match.group("glued") else match.group("short")
+        if match.group("expression") or script is not None:
+            scripts.append(script or (rest.pop(0) if rest and not match.group("glued") else ""))
+    return all(map(_is_sed_script, scripts or [word for word in rest if word][:1]))
 
 
 def _is_sed_script(script: str) -> bool:
@@ -2173,10 +2155,9 @@ def _hard(action: Action, ctx: Context) -> str:
             return "Blocked catastrophic change"
     if ERASERS.match(text) or (name in WRITERS and any(map(DISKS.match, action.targets))):
         return "Blocked disk overwrite"
-    if ctx.port and str(ctx.port) in text and re.search(rf"(^|\D){ctx.port}(\D|$)", text):
-        if name in FETCHERS or any("network" in ask.reason for ask, _ in ASKS_OF.get(name, ())):
-            return "Blocked call to this server"
-    return ""
+    calls = name in FETCHERS or any("network" in ask.reason for ask, _ in ASKS_OF.get(name, ()))
+    own = calls and ctx.port and re.search(rf"(^|\D){ctx.port}(\D|$)", text)
+    return "Blocked call to this server" if own else ""
 
 
 @functools.lru_cache(maxsize=8)
@@ -2256,11 +2237,9 @@ def _sends(name: str, options: Sequence[str], ctx: Context) -> bool:
 def _together(actions: Sequence[Action]) -> list[Action]:
     """Remarks on what several actions of a call do together: what is fetched is run."""
     runs = [action for action in actions if action.verb == "run"]
-    stored = any(action.verb == "write" or action.words[:1] in (("tee",), ("dd",), ("sponge",)) for action in actions)
-    fetched = any(
-        a.words[0] == "wget" or (a.words[0] in FETCHERS and (stored or re.search(r" -[a-zA-Z]*[oO]|--(out|rem)", a.text)))
-        for a in runs
-    )
+    stored = any(a.verb == "write" or a.words[:1] in (("tee",), ("dd",), ("sponge",)) for a in actions)
+    loads = [a for a in runs if a.words[0] in FETCHERS]
+    fetched = any(a.words[0] == "wget" or stored or re.search(r" -[a-zA-Z]*[oO]|--(out|rem)", a.text) for a in loads)
     started = any(a.words[0] in INTERPRETERS or "/" in a.raw.split(" ")[0] or a.words[0] == "chmod" for a in runs)
     return [_remark("Runs what it has just fetched")] if fetched and started else []
 
@@ -2457,15 +2436,9 @@ def patched_rule(rule: Json, patch: Json) -> Json:
         raise BadRequest("expiresAt must be a number or null")
     if expires is not None and expires <= 0:
         raise BadRequest("expiresAt must be a positive timestamp")
-    changed = {
-        **rule,
-        "decision": decision,
-        "effect": decision,
-        "tool": patch.get("tool", view["tool"]) or "*",
-        "expiresAt": expires,
-    }
-    for name in ("pattern", "executable"):
-        changed[name] = patch.get(name, view.get(name))
+    changed = {**rule, "decision": decision, "effect": decision, "expiresAt": expires}
+    changed["tool"] = patch.get("tool", view["tool"]) or "*"
+    changed.update({name: patch.get(name, view.get(name)) for name in ("pattern", "executable")})
     if any(changed[name] != view.get(name) for name in ("tool", "pattern", "executable")):
         changed.update(exact=None, match=None)
         changed["tool"] = "bash" if changed["executable"] and changed["tool"] == "*" else changed["tool"]
@@ -2503,11 +2476,7 @@ def policy_summary(preset: str) -> Json:
     asked = list(dict.fromkeys((ask.reason, ask.risk) for ask in ASKS if not ask.presets or preset in ask.presets))
     blocked = [item(f"hard-{number}", title, "critical") for number, title in enumerate(NEVER)]
     needs = [item(f"ask-{number}", title, risk) for number, (title, risk) in enumerate(asked)]
-    needs += [
-        item("heuristic-data-egress", "Outbound data transfer", "medium"),
-        item("heuristic-pipe-shell", "Pipe to shell", "high"),
-        item("heuristic-secret-env-url", "Secrets of the environment", "high"),
-    ]
+    needs += [item(f"heuristic-{key}", title, risk) for key, title, risk in HEURISTICS]
     if default == "ask":
         needs.append(item("default-ask", "Everything that no rule covers", "medium"))
     if default == "deny":
@@ -2561,9 +2530,8 @@ def rule_matches(rule: Json, call: Call, action: Action, ctx: Context) -> bool:
 
 def _spelled(words: Sequence[str]) -> str:
     """Words in one text that shows where each of them ends."""
-    return " ".join(
-        word if word and not re.search(r"[\s'\"]", word) else "'" + word.replace("'", "'\\''") + "'" for word in words
-    )
+    plain = re.compile(r"[^\s'\"]+")
+    return " ".join(word if plain.fullmatch(word) else "'" + word.replace("'", "'\\''") + "'" for word in words)
 
 
 def exact_text(call: Call, ctx: Context) -> str:
@@ -2622,9 +2590,8 @@ def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Ver
     if action.verb == "run" and action.plain and action.words[0] in ctx.allowed_executables and default != "deny":
         return Verdict("allow", "low", f"Workspace allowlist: {action.words[0]}", "rule")
     if preset and default == "deny" and action.verb in ("run", "read", "write"):
-        return Verdict(
-            "ask", "medium" if action.verb == "read" else "high", "Not on the short list of a locked workspace", "rule"
-        )
+        risk = "medium" if action.verb == "read" else "high"
+        return Verdict("ask", risk, "Not on the short list of a locked workspace", "rule")
     risk = {"allow": "low", "ask": "medium", "deny": "high"}[default]
     return Verdict(default, risk, f"No matching rule — using default {default}", "default")
 
@@ -2683,18 +2650,12 @@ def display_summary(call: Call) -> str:
     if call.tool == "bash":
         return visible(str(given.get("command") or "bash (unknown command)"))
     where = "".join(f" {word} {given[name]}" for word, name in (("in", "path"), ("of", "glob")) if given.get(name))
-    if call.tool in ("read", "write", "edit"):
-        text = f"{call.tool.capitalize()} {given.get('path') or 'unknown file'}"
-    elif call.tool == "grep":
-        text = f'Grep for "{given.get("pattern") or "?"}"{where}'
-    elif call.tool == "find":
-        text = (
-            f"Find in {given.get('path') or '.'}: {given['pattern']}"
-            if given.get("pattern")
-            else f"Find in {given.get('path') or '.'}"
-        )
-    else:
-        text = f"List {given.get('path') or '.'}" if call.tool == "ls" else f"{call.tool}({dumps(given)})"
+    path, pattern = given.get("path"), given.get("pattern")
+    text = {
+        "grep": f'Grep for "{pattern or "?"}"{where}', "ls": f"List {path or '.'}",
+        "find": f"Find in {path or '.'}: {pattern}" if pattern else f"Find in {path or '.'}",
+        **{tool: f"{tool.capitalize()} {path or 'unknown file'}" for tool in ("read", "write", "edit")},
+    }.get(call.tool) or f"{call.tool}({dumps(given)})"  # fmt: skip
     return visible(text).replace("\n", "\\n")
 
 
@@ -2702,9 +2663,7 @@ def _once_only(action: Action, ctx: Context) -> bool:
     """Whether an action is too much to be allowed for good: deletes, publishes, sends, or is not known exactly."""
     if action.verb != "run":
         return action.verb == "remark"
-    deletes = action.words[0] in ("rm", "unlink", "rmdir", "mv") or re.match(
-        r"git (rm|branch .*-\w*[dD]|stash (drop|clear))\b", action.text
-    )
+    deletes = re.match(r"(rm|unlink|rmdir|mv)( |$)|git (rm|branch .*-\w*[dD]|stash (drop|clear))\b", action.text)
     listed = any(ask.reason != "Git push" or ctx.preset for ask in _listed(action, ctx))
     unsure = _heuristic(action, ctx)[0] == "high" or any(map(ANY_TEXT.search, action.words))
     return bool(deletes or listed or unsure or _browser_script(action, ctx) == "eval")
@@ -2725,12 +2684,9 @@ def resolution_options(call: Call, verdict: Verdict, ctx: Context) -> Json:
 
 def settle_scope(action: str, scope: Any, options: Json) -> str:
     """The scope an answer really gets: what was asked for if it was offered, else `once`."""
-    offered = {
-        ("allow", "session"): options["allowSession"], ("allow", "workspace"): options["allowAlways"],
-        ("allow", "global"): options["allowAlways"], ("deny", "workspace"): options["denyAlways"],
-        ("deny", "global"): options["denyAlways"],
-    }
-    return scope if isinstance(scope, str) and offered.get((action, scope)) else "once"
+    offered = {"session": "allowSession"} if action == "allow" else {}
+    offered.update(dict.fromkeys(("workspace", "global"), {"allow": "allowAlways", "deny": "denyAlways"}.get(action, "")))
+    return scope if isinstance(scope, str) and options.get(offered.get(scope, "")) else "once"
 
 
 def rule_from_answer(call: Call, ctx: Context, action: str, scope: str, risk: str, expires_in: Any) -> Json:
