@@ -710,12 +710,12 @@ MARK = regex("([\0\1])([A-Za-z0-9_#]*)\0|\2")
 FOREIGN = regex(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 NAME = "[A-Za-z_][A-Za-z0-9_]*"
 BRACED_NAME = regex(rf"\${NAME}[{{,}}]|\$[,}}]|\$\$\{{")  # `$a{b,c}` is `$ab $ac`: braces come before variables
-SPECIAL = {"{": "\3", ",": "\4", "}": "\5", "~": "\6", "[": "\7", "*": GLOB, "?": GLOB}
+SPECIAL = {"{": "\3", ",": "\4", "}": "\5", "~": "\6", "[": "\7", "*": GLOB, "?": GLOB, "\\\n": "\10"}
 ANSI_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
 PIECE = regex(
     r"(?P<plain>[A-Za-z0-9_@%+=:./^!\]#-]+)"
     r"|(?P<range>\{-?(?:0|[1-9][0-9]{0,3})\.\.-?(?:0|[1-9][0-9]{0,3})\})"
-    r"|(?P<special>[{},\[*?])"
+    r"|(?P<special>[{},\[*?]|\\\n)"
     r"|(?P<tilde>~)"
     r"|(?P<letters>[^\x00-\x7f]+)"
     r"|'(?P<single>[^']*)'"
@@ -723,7 +723,6 @@ PIECE = regex(
     r"|\\(?P<escape>[!-~ ])"
     r'|(?P<double>")'
     r"|(?P<process>[<>]\()"
-    r"|(?P<joined>\\\n)"
     r"|(?P<expansion>[$`])"
 )
 # A word that is what it looks like, as most are.  Digits before `>` are no word but a descriptor.
@@ -963,9 +962,6 @@ class _Shell:
         """Letters outside of ASCII, if no byte of them is a blank to some bash."""
         self.need(text.isalpha() and not {0x85, 0xA0} & set(text.encode()))
         return text
-
-    def _joined(self, _: str) -> str:
-        return "\10"  # the line goes on, in the middle of a word
 
     def _range(self, text: str) -> str:
         first, last = map(int, text[1:-1].split(".."))
@@ -1491,16 +1487,15 @@ PRESETS = {
     "container": Preset("allow", False, "Container: the agent is free inside its own machine, risky actions ask."),
 }
 FILE_TOOLS = {"read": "read", "ls": "read", "find": "read", "grep": "read", "write": "write", "edit": "write"}
-READERS: dict[str, str] = dict.fromkeys(
-    "cat head tail wc cut stat ls cd echo pwd sleep true false : test [ which du basename dirname uname whoami nproc".split(), ""
-)
-READERS.update(  # name -> letters of options that do more than read, or that follow links
-    grep="fR", rg="fL", tree="oRlH", sort="oTS", uniq="", file="fmC", printf="v", jq="fL", diff="r", date="s"
-)
+READERS = {  # name -> letters of options that do more than read, or that follow links
+    **dict.fromkeys("cat head tail wc cut stat ls cd echo pwd sleep true false : test [ which du uniq".split(), ""),
+    **dict.fromkeys("basename dirname uname whoami nproc".split(), ""), "grep": "fR", "rg": "fL", "tree": "oRlH", "sort": "oTS",
+    "file": "fmC", "printf": "v", "jq": "fL", "diff": "r", "date": "s",
+}  # fmt: skip
 HELPERS = frozenset(
     "cd echo pwd sleep true false : printf test [ which basename dirname date uname whoami nproc".split()
 )  # their words are no files that are read
-GIT_READS = frozenset("status log diff show blame rev-parse".split())
+GIT_READS = {"status": "O", "log": "O", "diff": "O", "show": "O", "blame": "OS", "rev-parse": "O"}
 GIT_LISTS = regex(
     r"(branch( (-[arv]+|--(list|all|remotes|show-current|no-color)))*|tag( (-l|--list))*|remote( -v)?|stash list)"
 )
@@ -1832,7 +1827,7 @@ class _Unfolding:
 
     def expand(self, words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
         """What the words of a command may be, one variant after the other."""
-        if not any("\0" in word for word in words):
+        if "\0" not in "".join(words):
             return [words]
         choices = [self.choices(word, ()) for word in words]
         if math.prod(map(len, choices)) > COMBINATIONS:
@@ -2155,9 +2150,9 @@ def _hard(action: Action, ctx: Context) -> str:
             return "Blocked catastrophic change"
     if ERASERS.match(text) or (name in WRITERS and any(map(DISKS.match, action.targets))):
         return "Blocked disk overwrite"
-    calls = name in FETCHERS or any("network" in ask.reason for ask, _ in ASKS_OF.get(name, ()))
-    own = calls and ctx.port and re.search(rf"(^|\D){ctx.port}(\D|$)", text)
-    return "Blocked call to this server" if own else ""
+    named = ctx.port and str(ctx.port) in text and re.search(rf"(^|\D){ctx.port}(\D|$)", text)
+    calls = named and (name in FETCHERS or any("network" in ask.reason for ask, _ in ASKS_OF.get(name, ())))
+    return "Blocked call to this server" if calls else ""
 
 
 @functools.lru_cache(maxsize=8)
@@ -2308,23 +2303,23 @@ def _bounded(action: Action, ctx: Context) -> bool:
 
 def _only_reads(action: Action) -> bool:
     """Whether a command is on the read-only list with all its options."""
-    name, words = action.words[0] if action.plain else "", list(action.words[1:])
-    if name == "find":
+    name, words = action.words[0], action.words[1:]
+    letters = READERS.get(name) if action.plain else None
+    if action.plain and name == "find":
         return all(word in FIND_READS for word in words if word.startswith(("-", "(", "!")))
-    if name == "git" and GIT_LISTS.fullmatch(" ".join(words)):
-        return True
-    letters = READERS.get(name)
-    if name == "git":
-        command = words.pop(0) if words else ""
-        letters = ("OS" if command == "blame" else "O") if command in GIT_READS else None
-    operands = [word for word in words if not word.startswith("-") or word == "-"]
-    if letters is None or (name == "jq" and JQ_MORE.search(action.text)) or (name == "uniq" and len(operands) > 1):
+    if action.plain and name == "git":
+        if GIT_LISTS.fullmatch(" ".join(words)):
+            return True
+        letters, words = GIT_READS.get("".join(words[:1])), words[1:]
+    if letters is None or (name == "jq" and JQ_MORE.search(action.text)):
+        return False
+    if name == "uniq" and sum(not word.startswith("-") or word == "-" for word in words) > 1:
         return False
     for word in words if name not in HELPERS or letters else ():
         long = word[2:].partition("=")[0] if word.startswith("--") else ""
         if long and (long not in LONG_READS or (long == "follow" and name != "git") or (long == "recursive" and name == "diff")):
             return False
-        if re.match(r"-[^-]", word) and (any(letter in word for letter in letters) or "/" in word):
+        if word[:1] == "-" and word[1:2] not in ("", "-") and ("/" in word or any(letter in word for letter in letters)):
             return False
     return True
 
@@ -2612,12 +2607,17 @@ def part_text(action: Action) -> str:
     return MARK.sub("…", action.source or action.raw or action.path).replace(ENVIRONMENT, "…")
 
 
+def _in_force(actions: Sequence[Action], ctx: Context) -> list[Json]:
+    """The rules that may apply to this call: not those for other sessions, and for programs that it does not run."""
+    names = {name for action in actions for name in (*action.words[:1], *action.via)}
+    rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
+    return [rule for rule in rules if not rule.get("executable") or base_name(rule["executable"]).lower() in names]
+
+
 def _judged(call: Call, actions: Sequence[Action], ctx: Context) -> tuple[Verdict, Action | None]:
     """The verdict and the action it is about.  Layers in order: hard denies, stored denies, self-protection, exact
     approvals, and then the strictest opinion on the single actions."""
-    names = {name for action in actions for name in (*action.words[:1], *action.via)}
-    rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
-    rules = [rule for rule in rules if not rule.get("executable") or base_name(rule["executable"]).lower() in names]
+    rules = _in_force(actions, ctx) if ctx.rules else []
     text = exact_text(call, ctx)
     for action in actions:
         if reason := _hard(action, ctx):
@@ -2627,7 +2627,7 @@ def _judged(call: Call, actions: Sequence[Action], ctx: Context) -> tuple[Verdic
         return Verdict("deny", "critical", "Blocked access to secrets in the environment", "hard_deny"), printed
     exact = [r for r in rules if r.get("exact") == text and r["tool"] == call.tool]
     denied = [Verdict("deny", r["risk"], r["label"], "learned_deny", r["id"]) for r in exact if r["decision"] == "deny"]
-    denied += [v._replace(layer="learned_deny") for v in _stored(call, actions, rules, ctx, "deny")]
+    denied += [v._replace(layer="learned_deny") for v in _stored(call, actions, rules, ctx, "deny")] if rules else []
     if denied:
         return denied[0], None
     if ctx.rules_broken:
