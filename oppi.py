@@ -2091,21 +2091,29 @@ def _secret(path: str, ctx: Context) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _secret_places(home: str, agent_dir: str, data_dir: str) -> list[str]:
-    """Where credentials are known to lie, in lower case."""
+def _secret_places(home: str, agent_dir: str, data_dir: str) -> tuple[str, ...]:
+    """Where credentials are known to lie."""
     places = [f"{home}/{name}" for name in SECRET_HOMES] + [f"{agent_dir}/auth.json"]
-    places += [f"{data_dir}/{name}" for name in ("config.json", "devices.json", "identity_ed25519", "apns.json")]
-    return [place.casefold() for place in places]
+    return (*places, *(f"{data_dir}/{name}" for name in ("config.json", "devices.json", "identity_ed25519", "apns.json")))
+
+
+@functools.lru_cache(maxsize=16)
+def _outline(paths: tuple[str, ...]) -> tuple[set[str], set[str], tuple[str, ...]]:
+    """Some paths in lower case, the folders above them, and what everything below them begins with."""
+    own = {path.casefold() for path in paths}
+    above = {path[: mark.start()] for path in own for mark in re.finditer("/", path)}
+    return own, above, tuple(path.rstrip("/") + "/" for path in own)
 
 
 def _reaches(path: str, ctx: Context, below: bool) -> bool:
     """Whether a path with globs may be one of credentials; with `below` also if such may be below it."""
     path = path.casefold().rstrip("/")
-    places = _secret_places(ctx.home, ctx.agent_dir, ctx.data_dir)
+    own, above, under = _outline(_secret_places(ctx.home, ctx.agent_dir, ctx.data_dir))
     if GLOB not in path:
-        return any(inside(path, place) or (below and inside(place, path)) for place in places)
-    parts = path.split("/")
-    for wanted in (place.split("/") for place in places):
+        return path in own or path.startswith(under) or (below and path in above)
+    parts, folder = path.split("/"), path.partition(GLOB)[0].rpartition("/")[0]
+    near = own if folder in own or folder in above or folder.startswith(under) else ()
+    for wanted in (place.split("/") for place in near):
         if (below or len(parts) >= len(wanted)) and all(map(_part_matches, parts, wanted)):
             return True
     return GLOB in parts[-1] and any(_part_matches(parts[-1], name) for name in SECRET_FILES[:-1])
@@ -2115,10 +2123,7 @@ def _part_matches(pattern: str, name: str) -> bool:
     """Whether a part of a path, in which each GLOB is any text, can be `name`."""
     if GLOB not in pattern or pattern.count(GLOB) > 8:
         return pattern == name or GLOB in pattern
-    pattern = re.sub(f"{GLOB}+", GLOB, pattern)
-    if name[:1] == "." and pattern[0] == GLOB:
-        return False
-    return re.fullmatch(".*".join(map(re.escape, pattern.split(GLOB))), name) is not None
+    return not (name[:1] == "." and pattern[0] == GLOB) and text_match(pattern, name, GLOB)
 
 
 def _wide(path: str, ctx: Context) -> bool:
@@ -2155,14 +2160,6 @@ def _hard(action: Action, ctx: Context) -> str:
     return "Blocked call to this server" if calls else ""
 
 
-@functools.lru_cache(maxsize=8)
-def _kept(data_dir: str, agent_dir: str, protected: tuple[str, ...], home: str, cwd: str) -> tuple[set[str], tuple[str, ...]]:
-    """What guards the agent, in lower case: those files and the folders above them, and what is below begins with."""
-    own = [path.casefold() for path in (data_dir, agent_dir, *protected)]
-    above = {path[: mark.start()] or "/" for path in own for mark in re.finditer("/", path)} | {"//"}
-    return {*above.difference(["/", home.casefold(), cwd.casefold()]), *own}, tuple(path.rstrip("/") + "/" for path in own)
-
-
 def _protected(action: Action, ctx: Context) -> str:
     """Why an action that changes what guards the agent must always be asked about, or ""."""
     name = action.words[0] if action.words else ""
@@ -2170,12 +2167,12 @@ def _protected(action: Action, ctx: Context) -> str:
         return "Writes into your home directory"
     if not action.targets or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
         return ""
-    kept, within = _kept(ctx.data_dir, ctx.agent_dir, ctx.protected, ctx.home, ctx.cwd)
-    home = ctx.home.casefold() + "/"
+    kept, above, under = _outline((ctx.data_dir, ctx.agent_dir, *ctx.protected))
+    home, wide = ctx.home.casefold() + "/", ("/", ctx.home.casefold(), ctx.cwd.casefold())
     system = SYSTEM_FILES + PROGRAM_FILES if name in WRITERS else SYSTEM_FILES
     for path in action.targets:
         low = path.casefold()  # a Mac's file system ignores case
-        if low in kept or low.startswith(within):
+        if low in kept or low.startswith(under) or (low.rstrip("/") in above and low not in wide):
             return f"Modifying {base_name(path)} requires approval"
         if low.startswith(system):
             return f"Modifying {base_name(path)} changes the system"
@@ -2340,9 +2337,9 @@ def glob_match(pattern: str, text: str) -> bool:
         return pattern == text
 
 
-def text_match(pattern: str, text: str) -> bool:
+def text_match(pattern: str, text: str, star: str = "*") -> bool:
     """Command pattern: `*` is any text, everything else literal, and all of the text must match."""
-    first, *middle = pattern.split("*")
+    first, *middle = pattern.split(star)
     if not middle:
         return pattern == text
     last, at = middle.pop(), len(first)
