@@ -726,9 +726,7 @@ PIECE = regex(
     r"|(?P<expansion>[$`])"
 )
 # A word that is what it looks like, as most are.  Digits before `>` are no word but a descriptor.
-_LITERAL = (
-    r"""(?:([A-Za-z0-9_@%+=:./^!\]#-]+)|'([^']*)'|"([^"\\$`]*)")(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)"""
-)
+_LITERAL = r"""(?:([A-Za-z0-9_@%+=:./^!\]#-]+)|'([^']*)'|"([^"\\$`]*)")(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)"""
 LITERAL = regex(_LITERAL)
 NEXT_LITERAL = regex(rf"[ \t]*(?!#){_LITERAL}")
 FIRST_LITERAL = regex(rf"(?!{NAME}\+?=){_LITERAL}")
@@ -744,16 +742,12 @@ OWN_VARIABLES = regex(
     r"GROUPS|E?UID|PPID|HIST\w+|PIPESTATUS|COPROC|SHELLOPTS"
 )
 DOLLAR = regex(r"[\s;|&)%=+:,./]|$")  # what may follow a dollar sign that is only itself
-ARITHMETIC = regex(
-    rf"\(\(((?:\$?{NAME}(?![A-Za-z0-9_$])|[0-9]+(?![A-Za-z0-9_$#])|[ \t\n+\-*/%<>=!&|?:,;])*)\)\)"
-)
+ARITHMETIC = regex(rf"\(\(((?:\$?{NAME}(?![A-Za-z0-9_$])|[0-9]+(?![A-Za-z0-9_$#])|[ \t\n+\-*/%<>=!&|?:,;])*)\)\)")
 BACKTICKS = regex(r"([^`\\]*)`")
 ASSIGNMENT = regex(rf"({NAME})(\+?)=")
 LEADING = regex(rf"({NAME})(?:(\+?)=|(?P<subscript>\[))")
 # A line that is continued elsewhere joins what is around it.
-BLANK = regex(
-    r"[ \t]*(?:\\\n(?:(?<=[ \t\n|]\\\n)|(?<=&&\\\n)|(?<=;\\\n)(?![;&\\]))[ \t]*)*(?:#[^\n]*)?"
-)
+BLANK = regex(r"[ \t]*(?:\\\n(?:(?<=[ \t\n|]\\\n)|(?<=&&\\\n)|(?<=;\\\n)(?![;&\\]))[ \t]*)*(?:#[^\n]*)?")
 KEYWORD = regex(
     r"(?:if|then|elif|else|fi|while|until|do|done|for|case|esac|in|select|function|coproc|time|\[\[|\]\]|[{}!])(?=[\s;&|()<>]|$)"
     r"|\(\(?"
@@ -1519,8 +1513,7 @@ WRAPPERS = {  # they run the rest of their words: options with a value, options 
 HIDERS = frozenset(
     "source . parallel watch script busybox alias unalias pushd popd shopt enable let mapfile readarray getopts coproc hash "
     "bind complete compgen jobs wait fc chroot unshare nsenter flock screen tmux osascript ed ex expect dtrace gdb toybox "
-    "coreutils "
-    "lldb strace ltrace fakeroot unbuffer taskset chrt perf rlwrap setarch arch entr catchsegv valgrind zellij".split()
+    "coreutils lldb strace ltrace fakeroot unbuffer taskset chrt perf rlwrap setarch arch entr catchsegv valgrind zellij".split()
 )  # they run something, or change what words mean, in ways that are not looked into
 TMUX_READS = r"ls|list-\w+|capture-pane|has-session|show-\w+|kill-(session|pane|window)"
 SHELLS = frozenset("sh bash dash zsh ksh fish csh tcsh ash mksh rbash yash".split())
