@@ -716,12 +716,12 @@ MARK = regex("([\0\1])([A-Za-z0-9_#]*)\0|\2")
 FOREIGN = regex(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 NAME = "[A-Za-z_][A-Za-z0-9_]*"
 BRACED_NAME = regex(rf"\${NAME}[{{,}}]|\$[,}}]|\$\$\{{")  # `$a{b,c}` is `$ab $ac`: braces come before variables
-SPECIAL = {"{": "\3", ",": "\4", "}": "\5", "~": "\6", "[": "\7", "*": GLOB, "?": GLOB}
+SPECIAL = {"{": "\3", ",": "\4", "}": "\5", "~": "\6", "[": "\7", "*": GLOB, "?": GLOB, "\\\n": "\10"}
 ANSI_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
 PIECE = regex(
     r"(?P<plain>[A-Za-z0-9_@%+=:./^!\]#-]+)"
     r"|(?P<range>\{-?(?:0|[1-9][0-9]{0,3})\.\.-?(?:0|[1-9][0-9]{0,3})\})"
-    r"|(?P<special>[{},\[*?])"
+    r"|(?P<special>[{},\[*?]|\\\n)"
     r"|(?P<tilde>~)"
     r"|(?P<letters>[^\x00-\x7f]+)"
     r"|'(?P<single>[^']*)'"
@@ -729,10 +729,13 @@ PIECE = regex(
     r"|\\(?P<escape>[!-~ ])"
     r'|(?P<double>")'
     r"|(?P<process>[<>]\()"
-    r"|(?P<joined>\\\n)"
     r"|(?P<expansion>[$`])"
 )
-PLAIN_WORD = regex(r"[A-Za-z0-9_@%+=:./^!\]#-]+(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)")  # digits before `>` are a descriptor
+# A word that is what it looks like, as most are.  Digits before `>` are no word but a descriptor.
+_LITERAL = r"""(?:([A-Za-z0-9_@%+=:./^!\]#-]+)|'([^']*)'|"([^"\\$`]*)")(?=[\s;|&()]|(?<![0-9])[<>](?!\()|$)"""
+LITERAL = regex(_LITERAL)
+NEXT_LITERAL = regex(rf"[ \t]*(?!#){_LITERAL}")
+FIRST_LITERAL = regex(rf"(?!{NAME}\+?=){_LITERAL}")
 QUOTED = regex(r"""(?P<plain>(?:[^"\\$`]|\\[^"\\$`\n])+)|\\(?P<escape>["\\$`])|(?P<expansion>[$`])""")
 VARIABLE = regex(rf"\$(?:({NAME})(?![A-Za-z0-9_]|\\\n)|\{{({NAME})\}})")
 COUNTED = regex(rf"\$(?:[#?$]|\{{#{NAME}(?:\[[@*]\])?\}})")
@@ -745,14 +748,12 @@ OWN_VARIABLES = regex(
     r"GROUPS|E?UID|PPID|HIST\w+|PIPESTATUS|COPROC|SHELLOPTS"
 )
 DOLLAR = regex(r"[\s;|&)%=+:,./]|$")  # what may follow a dollar sign that is only itself
-ARITHMETIC = regex(
-    rf"\(\(((?:\$?{NAME}(?![A-Za-z0-9_$])|[0-9]+(?![A-Za-z0-9_$#])|[ \t\n+\-*/%<>=!&|?:,;])*)\)\)"
-)
+ARITHMETIC = regex(rf"\(\(((?:\$?{NAME}(?![A-Za-z0-9_$])|[0-9]+(?![A-Za-z0-9_$#])|[ \t\n+\-*/%<>=!&|?:,;])*)\)\)")
 BACKTICKS = regex(r"([^`\\]*)`")
 ASSIGNMENT = regex(rf"({NAME})(\+?)=")
-SUBSCRIPT = regex(rf"{NAME}\[")
+LEADING = regex(rf"({NAME})(?:(\+?)=|(?P<subscript>\[))")
 # A line that is continued elsewhere joins what is around it.
-BLANK = regex(r"(?:[ \t]|(?:(?<=[ \t\n|])|(?<=&&))\\\n|(?<=;)\\\n(?![;&\\]))*(?:#[^\n]*)?")
+BLANK = regex(r"[ \t]*(?:\\\n(?:(?<=[ \t\n|]\\\n)|(?<=&&\\\n)|(?<=;\\\n)(?![;&\\]))[ \t]*)*(?:#[^\n]*)?")
 KEYWORD = regex(
     r"(?:if|then|elif|else|fi|while|until|do|done|for|case|esac|in|select|function|coproc|time|\[\[|\]\]|[{}!])(?=[\s;&|()<>]|$)"
     r"|\(\(?"
@@ -766,6 +767,7 @@ JOINED = regex(r"[|&](?![|&])")
 SEPARATOR = regex(r";(?![;&])|&(?!&)")
 REDIRECT = regex(r"&>>?|[0-9]{0,3}(<<<|<<-?|<>|<&|>&|>>|>\||<(?!\()|>(?!\())")
 REDIRECT_START = frozenset("<>&0123456789")
+COMMAND_END = frozenset([*";|)\n", ""])
 DESCRIPTOR = regex(r"[ \t]*(?:[0-9]+-?|-)(?=[\s;&|()<>]|$)")
 DELIMITER = regex(r"""[ \t]*(?:(['"])([A-Za-z0-9_.-]+)\1|(\\?)([A-Za-z0-9_.-]+))(?=[\s;&|<>)]|$)""")
 TEST_OPERATOR = regex(r"(==|!=|=~|=|<|>|-(?:eq|ne|lt|le|gt|ge|nt|ot|ef))(?=[ \t])")
@@ -774,6 +776,7 @@ DECLARATIONS = frozenset("export declare local readonly typeset".split())
 SIMPLE_SETTERS = DECLARATIONS | {"read", "unset"}
 SETTERS = SIMPLE_SETTERS | frozenset("let mapfile readarray getopts wait shift".split())
 HIDDEN_SETTERS = SETTERS | {"printf", "test", "[", "command", "builtin"}  # what must not stand behind a variable
+BUILTINS = SIMPLE_SETTERS | {"printf", "test", "[", "command", "builtin"}
 TESTS = COMPARISON | frozenset("= == != < > -a -o -nt -ot -ef ] )".split())
 STANDARD_STREAMS = ("/dev/null", "/dev/stdout", "/dev/stderr", "/dev/tty")
 
@@ -896,14 +899,16 @@ class _Shell:
     def word(self, split: bool = True) -> list[str]:
         """The words that the text here becomes: none if there is no word, several by braces."""
         self.step()
-        if match := self.take(PLAIN_WORD):
-            return [match.group()]
+        if match := self.take(LITERAL):
+            return [match.group(match.lastindex or 0)]
         start, parts, quoted, assigned = self.at, [], False, ASSIGNMENT.match(self.text, self.at)
         while match := self.take(PIECE):
             kind = match.lastgroup or ""
             quoted = quoted or kind in ("single", "ansi", "double")
             self.step()
             parts.append(getattr(self, "_" + kind)(match.group(kind)))
+        if not parts:
+            return []
         word = "".join(parts)
         if "\10" in word:
             plain, raw = word.replace("\10", ""), self.text[start : self.at].replace("\\\n", "")
@@ -920,6 +925,15 @@ class _Shell:
         self.need(not re.search("\7[^/]*[\0\1]", word))
         head = assigned.end() - start if assigned and split else 0
         return [word[:head] + _finish(word[head:], not split or head > 0) for word in words if word or quoted]
+
+    def literals(self) -> list[str]:
+        """The words that stand here, up to one that is more than its text."""
+        found = []
+        while match := NEXT_LITERAL.match(self.text, self.at):
+            self.step(match.lastindex or 0)
+            found.append(match.group(match.lastindex or 0))
+            self.at = match.end()
+        return found
 
     def one_word(self, split: bool = True) -> str:
         """The one word that has to stand here."""
@@ -948,9 +962,6 @@ class _Shell:
         """Letters outside of ASCII, if no byte of them is a blank to some bash."""
         self.need(text.isalpha() and not {0x85, 0xA0} & set(text.encode()))
         return text
-
-    def _joined(self, _: str) -> str:
-        return "\10"  # the line goes on, in the middle of a word
 
     def _range(self, text: str) -> str:
         first, last = map(int, text[1:-1].split(".."))
@@ -1027,8 +1038,9 @@ class _Shell:
             self.sequence("")
         return ANY if quoted else ANY_WORDS
 
-    def arithmetic(self) -> None:
-        """`((…))`.  Bash evaluates the text that its variables hold, so that has to be a number."""
+    def arithmetic(self, taken: int = 0) -> None:
+        """`((…))`, of which some is taken.  Bash evaluates the text that its variables hold: that has to be a number."""
+        self.at -= taken
         text = self.need(self.take(ARITHMETIC)).group(1)
         names = re.findall(NAME, text)
         self.need(not any(OWN_VARIABLES.fullmatch(name) for name in names))
@@ -1084,9 +1096,8 @@ class _Shell:
             if self.at == len(self.text):
                 self.need("" in ends and not self.pending)
                 return ""
-            word = self.peek(KEYWORD) if separated else ""
-            for end in ends:
-                if (word == end or end in (")", ";;")) and end and self.take_text(end):
+            for end in filter(None, ends):
+                if (end in (")", ";;") or (separated and self.peek(KEYWORD) == end)) and self.take_text(end):
                     self.need(not empty or ";;" in ends)
                     return end
             self.need(separated)
@@ -1095,7 +1106,7 @@ class _Shell:
             separated, empty = bool(self.take(SEPARATOR)) or self.text.startswith("\n", self.at), False
 
     def and_or(self) -> None:
-        sure, before = self.sure, set(self.values)
+        sure, before = self.sure, len(self.values)
         self.pipeline()
         while operator := self.take(AND_OR):
             self.sure = False
@@ -1106,18 +1117,18 @@ class _Shell:
         if self.text.startswith("&", self.at):
             self.doubt(before)
 
-    def doubt(self, before: set[str]) -> None:
-        """What was assigned since `before` was assigned in another process."""
-        for name in set(self.values) - before:
+    def doubt(self, before: int) -> None:
+        """The variables behind the first `before` were assigned in another process."""
+        for name in itertools.islice(self.values, before, None):
             self.values[name].append(f"\0{name}\0")
 
     def pipeline(self) -> None:
-        fed, before, simple = self.fed, set(self.values), not self.peek(PREFIX)
+        fed, before, prefixed = self.fed, len(self.values), False
         while self.take(PREFIX):
+            prefixed = True
             self.take(BLANK)
-        simple = simple and not self.peek(KEYWORD) and not self.peek(FUNCTION)
-        self.command()
-        if simple and self.nest == 0 and not self.peek(JOINED):
+        simple = self.command()
+        if simple and not prefixed and self.nest == 0 and not self.peek(JOINED):
             self.links.append(len(self.commands) - 1)
         while self.take(PIPE):
             self.fed = True
@@ -1126,8 +1137,8 @@ class _Shell:
             self.doubt(before)
         self.fed = fed
 
-    def command(self) -> None:
-        """One command, and the blanks after it."""
+    def command(self) -> bool:
+        """One command, and the blanks after it; whether it is a simple one."""
         self.step()
         start, word = len(self.commands), self.peek(KEYWORD)
         definition = None if word else self.take(FUNCTION)
@@ -1147,7 +1158,9 @@ class _Shell:
             self.redirections(start)
         else:
             self.simple()
+            return True
         self.take(BLANK)
+        return False
 
     def redirections(self, start: int) -> None:
         """Those of a compound command, whose commands are fed by them."""
@@ -1190,13 +1203,18 @@ class _Shell:
                     command = command._replace(writes=(*command.writes, path))
 
     def simple(self) -> None:
-        command, begin, start = Command(within=self.within, fed=self.fed), self.at, -1
-        words: list[str] = []
+        command, begin, start = Command((), (), (), (), self.fed, self.within), self.at, -1
+        literal = self.take(FIRST_LITERAL)
+        words = [literal.group(literal.lastindex or 0)] if literal else []
         sets: list[tuple[str, str]] = []
         while start != self.at:
             start = self.at
+            words += self.literals() if words else []
             self.take(BLANK)
-            if self.text[self.at : self.at + 1] in REDIRECT_START:
+            char = self.text[self.at : self.at + 1]
+            if char in COMMAND_END:
+                break
+            if char in REDIRECT_START:
                 command = self.redirected(command)
             match = None if words else self.first(sets, command)
             if match and self.take_text("("):
@@ -1206,21 +1224,27 @@ class _Shell:
                 sets.append((match.group(1), ANY if match.group(2) else value))
             else:
                 words += self.word()
-                self.need(not words or words[0] not in DECLARATIONS or "{" not in self.text[start : self.at])
+        self.step(3)
         self.need(words or sets or command.reads or command.writes or command.fed != self.fed)
-        if words:
-            self.program(words[0], [name for name, _ in sets])
+        source = self.text[begin : self.at].strip(" \t\n")
+        if words and words[0] in BUILTINS:
+            self.need(words[0] not in DECLARATIONS or "{" not in source)
+            self.need(not sets or words[0] not in SIMPLE_SETTERS or [words[0], *dict(sets)] == ["read", "IFS"])
             self.builtin(words[0], words[1:])
+        elif words and (mark := MARK.search(words[0])):
+            self.need(mark.group() == words[0])
+            self.programs.add(mark.group(2) or "")
         for name, value in sets if not words or "\1" in words[0] else ():
             self.assign(name, value, self.sure and not command.reads and not command.writes and not words)
-        source = self.text[begin : self.at].strip(" \t\n")
-        self.commands.append(command._replace(words=tuple(words), sets=tuple(sets), source=source))
+        _, writes, reads, _, fed, within, text, then, count, _ = command
+        self.commands.append(Command(tuple(words), writes, reads, tuple(sets), fed, within, text, then, count, source))
 
     def first(self, sets: list[tuple[str, str]], command: Command) -> re.Match[str] | None:
         """The assignment that stands before the program, if one does."""
-        self.need(not self.peek(SUBSCRIPT))
         self.need(not (sets or command.redirects) or not self.peek(KEYWORD))
-        return self.take(ASSIGNMENT)
+        match = self.take(LEADING)
+        self.need(not match or not match.group("subscript"))
+        return match
 
     def array(self) -> str:
         begin = self.at
@@ -1233,13 +1257,6 @@ class _Shell:
             self.space()
         self.need("\\" not in self.text[begin : self.at] and self.peek(re.compile(r"[\s;|&)]|$")) is not None)
         return ANY
-
-    def program(self, word: str, assigned: list[str]) -> None:
-        """Some of bash's own commands do not take what is assigned before them as others do."""
-        self.need(word not in SIMPLE_SETTERS or not assigned or (word == "read" and assigned == ["IFS"]))
-        for mark in MARK.finditer(word):
-            self.need(mark.group() == word)
-            self.programs.add(mark.group(2) or "")
 
     def builtin(self, name: str, words: list[str]) -> None:
         """What bash's own commands do to variables.  Some also run what is hidden in a subscript."""
@@ -1262,16 +1279,6 @@ class _Shell:
                 self.assign(match.group(1), ANY if match.group(2) else word[match.end() :], self.sure)
             elif re.fullmatch(NAME, word) and name not in ("export", "readonly"):
                 self.assign(word, ANY if name == "read" else "", False)
-
-    def _brace(self) -> None:
-        self.sequence("}")
-
-    def _subshell(self) -> None:
-        self.sequence(")")
-
-    def _arithmetic(self) -> None:
-        self.at -= 2
-        self.arithmetic()
 
     def _if(self) -> None:
         end = "elif"
@@ -1352,9 +1359,9 @@ class _Shell:
             self.need(re.fullmatch(r"-?[0-9]+", operand) or (mark and mark.group(2)))
             self.counts.update([mark.group(2)] if mark else [])
 
-    COMPOUNDS: dict[str, Callable[[_Shell], None]] = {
-        "{": _brace, "(": _subshell, "((": _arithmetic, "if": _if, "while": _while, "until": _while, "for": _for, "case": _case,
-        "[[": _test,
+    COMPOUNDS: dict[str, Callable[[_Shell], Any]] = {
+        "{": lambda self: self.sequence("}"), "(": lambda self: self.sequence(")"), "((": lambda self: self.arithmetic(2),
+        "if": _if, "while": _while, "until": _while, "for": _for, "case": _case, "[[": _test,
     }  # fmt: skip
 
     def script(self) -> Script:
@@ -1464,10 +1471,7 @@ class Action(NamedTuple):
     doubtful: bool = False  # it has this form only if a variable of the environment is empty
     own: bool = True  # nothing in the script makes the program another one
     raw_words: tuple[str, ...] = ()  # the words before the tables' form of them
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words) if self.verb == "run" else self.path or self.raw
+    text: str = ""  # the words of a program in one line
 
 
 class Preset(NamedTuple):
@@ -1483,16 +1487,15 @@ PRESETS = {
     "container": Preset("allow", False, "Container: the agent is free inside its own machine, risky actions ask."),
 }
 FILE_TOOLS = {"read": "read", "ls": "read", "find": "read", "grep": "read", "write": "write", "edit": "write"}
-READERS: dict[str, str] = dict.fromkeys(
-    "cat head tail wc cut stat ls cd echo pwd sleep true false : test [ which du basename dirname uname whoami nproc".split(), ""
-)
-READERS.update(  # name -> letters of options that do more than read, or that follow links
-    grep="fR", rg="fL", tree="oRlH", sort="oTS", uniq="", file="fmC", printf="v", jq="fL", diff="r", date="s"
-)
+READERS = {  # name -> letters of options that do more than read, or that follow links
+    **dict.fromkeys("cat head tail wc cut stat ls cd echo pwd sleep true false : test [ which du uniq".split(), ""),
+    **dict.fromkeys("basename dirname uname whoami nproc".split(), ""), "grep": "fR", "rg": "fL", "tree": "oRlH", "sort": "oTS",
+    "file": "fmC", "printf": "v", "jq": "fL", "diff": "r", "date": "s",
+}  # fmt: skip
 HELPERS = frozenset(
     "cd echo pwd sleep true false : printf test [ which basename dirname date uname whoami nproc".split()
 )  # their words are no files that are read
-GIT_READS = frozenset("status log diff show blame rev-parse".split())
+GIT_READS = {"status": "O", "log": "O", "diff": "O", "show": "O", "blame": "OS", "rev-parse": "O"}
 GIT_LISTS = regex(
     r"(branch( (-[arv]+|--(list|all|remotes|show-current|no-color)))*|tag( (-l|--list))*|remote( -v)?|stash list)"
 )
@@ -1516,12 +1519,12 @@ WRAPPERS = {  # they run the rest of their words: options with a value, options 
 HIDERS = frozenset(
     "source . parallel watch script busybox alias unalias pushd popd shopt enable let mapfile readarray getopts coproc hash "
     "bind complete compgen jobs wait fc chroot unshare nsenter flock screen tmux osascript ed ex expect dtrace gdb toybox "
-    "coreutils "
-    "lldb strace ltrace fakeroot unbuffer taskset chrt perf rlwrap setarch arch entr catchsegv valgrind zellij".split()
+    "coreutils lldb strace ltrace fakeroot unbuffer taskset chrt perf rlwrap setarch arch entr catchsegv valgrind zellij".split()
 )  # they run something, or change what words mean, in ways that are not looked into
 TMUX_READS = r"ls|list-\w+|capture-pane|has-session|show-\w+|kill-(session|pane|window)"
 SHELLS = frozenset("sh bash dash zsh ksh fish csh tcsh ash mksh rbash yash".split())
 INTERPRETERS = SHELLS | frozenset("python python2 python3 node deno bun ruby perl php osascript lua rscript tclsh".split())
+EDITORS = INTERPRETERS | {"awk", "gawk", "mawk", "sed"}  # a part of their words is code
 ARGUMENTS_DO_NOTHING = HELPERS - {"cd"} | frozenset("return exit export local declare readonly read unset".split())
 TRUSTED = ("", "/bin", "/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
 PRIVILEGE = frozenset("sudo sudo-rs sudoedit doas dzdo su su-exec gosu runuser run0 systemd-run pkexec setpriv".split())
@@ -1529,29 +1532,35 @@ MENTIONING = PRIVILEGE | frozenset([*READERS, *"git man type command brew apt ap
 FETCHERS = frozenset("curl wget http https xh aria2c".split())
 COPIERS = frozenset("cp mv ln install ditto rsync".split())  # the last operand is changed
 WRITERS = COPIERS | frozenset("rm rmdir tee touch mkdir chmod chown chgrp truncate unlink shred dd sponge sed".split())
+VERSIONED = regex(r"^(python|perl|ruby|php|lua|node)(js)?[\d.]+$")
 GNU_NAMES = WRITERS | frozenset("find tar awk xargs env timeout nice nohup stdbuf".split())  # Homebrew puts a g before them
 DEEP_READERS = {  # program or tool -> words with which it reads whole folders
     "grep": r"^grep$| -\w*[rR]| --(rec|deref|dir)", "cp": r" -\w*[rRa]| --(rec|arc)", "diff": r" -\w*r| --rec",
     "tar": r"^tar -?\w*[crAu]| --(cr|app|up|cat)", **dict.fromkeys("rg ag ack zip rsync ditto 7z mv".split(), ""),
 }  # fmt: skip
+WIDE_CHANGES = {  # program -> what makes it change all below its operands
+    **dict.fromkeys("rm chmod chown chgrp".split(), r" (-[a-zA-Z]*[rR]|--r)"), "find": " -delete", "mv": "",
+}  # fmt: skip
+ERASERS = regex("(?i)mkfs|newfs|mke2fs|wipefs|sgdisk|blkdiscard|badblocks|diskutil (erase|partition|zero|secureerase)")
 SYSTEM_ROOTS = tuple("/etc /usr /bin /sbin /lib /lib64 /boot /System /Library /dev /proc /sys /var/db /private/etc".split())
 SYSTEM_FILES = ("/etc/", "/private/etc/", "/system/", "/library/", "/boot/")
 PROGRAM_FILES = ("/usr/", "/bin/", "/sbin/", "/lib", "/opt/homebrew/")
 DISKS = regex(r"/dev/(?!null|zero|u?random|std|fd/|tty|full)")
 SELF_STARTING = regex(
-    r"/\.git/(hooks(/|$)|config|info/attributes|modules/)|/launch(agents|daemons)(/|$)|/fetch/allowed_domains\.txt$|/\.zlogout$"
-    r"|/\.git/(.*/)?(hooks/|config(\.worktree)?$)|/\.pi/(extensions|settings\.json)|/\.(husky|oh-my-zsh)/|/\.envrc$"
-    r"|/\.claude/settings|/var/(spool/cron|at)/|/\.config/(git|fish|systemd|autostart)/"
-    r"|/\.bash_(aliases|logout)$|/\.(vim|emacs|tmux\.conf|inputrc|xprofile|xinitrc)"
+    r"/(?:\.git/(hooks(/|$)|config|info/attributes|modules/)|launch(agents|daemons)(/|$)|fetch/allowed_domains\.txt$|\.zlogout$"
+    r"|\.git/(.*/)?(hooks/|config(\.worktree)?$)|\.pi/(extensions|settings\.json)|\.(husky|oh-my-zsh)/|\.envrc$"
+    r"|\.claude/settings|var/(spool/cron|at)/|\.config/(git|fish|systemd|autostart)/"
+    r"|\.bash_(aliases|logout)$|\.(vim|emacs|tmux\.conf|inputrc|xprofile|xinitrc))"
 )
+GIT_FOLDER = regex(r"/(?:\.git(?:/|$)|head$)")
 START_FILES = frozenset(
     ".bashrc .bash_profile .bash_login .profile .zshrc .zprofile .zshenv .zlogin .gitconfig .config/fish/config.fish".split()
 )
-SECRET_PATH = regex(
-    r"(?i)/\.(?:ssh|aws|gnupg|docker|kube|azure)(?:/|$)|/\.config/(?:gh|gcloud)(?:/|$)|/Library/Keychains(?:/|$)"
-    r"|/(?:\.npmrc|\.netrc|\.pypirc|\.env|\.env\.[^/]+|agent/auth\.json|\.git-credentials|\.pgpass|\.vault-token)$"
-    r"|/\.cargo/credentials|/\.config/git/credentials$|^/etc/shadow$|^/proc/.*/environ$"
-    r"|/(?P<own>config\.json|devices\.json|identity_ed25519|apns\.json)$"  # of this server's data directory
+SECRET_PATH = regex(  # sorted by first characters, which makes the search fast
+    r"(?i)/(?:\.(?:(?:ssh|aws|gnupg|docker|kube|azure|config/gh|config/gcloud)(?:/|$)|cargo/credentials|config/git/credentials$"
+    r"|(?:npmrc|netrc|pypirc|env|env\.[^/]+|git-credentials|pgpass|vault-token)$)"
+    r"|Library/Keychains(?:/|$)|agent/auth\.json$|(?<=^/)etc/shadow$|(?<=^/)proc/.*/environ$"
+    r"|(?P<own>config\.json|devices\.json|identity_ed25519|apns\.json)$)"  # of this server's data directory
 )
 SECRET_HOMES = ".ssh .aws .gnupg .docker .kube .azure .config/gh .config/gcloud .netrc .npmrc .pypirc Library/Keychains".split()
 SECRET_FILES = (".env", ".netrc", ".npmrc", ".pypirc", "auth.json")
@@ -1562,6 +1571,7 @@ CHANGED_PROGRAMS = regex(  # variables that decide what a program is or runs
     r"\w*PAGER|\w*EDITOR|VISUAL|BROWSER|PYTHON\w+|NODE_(OPTIONS|PATH)|PERL\w+|RUBY\w+|JAVA_TOOL_OPTIONS|npm_config_\w+|LESS\w+|"
     r"RIPGREP_CONFIG_PATH|TAR_OPTIONS|GLOBIGNORE"
 )
+INLINE_CODE = regex("-[A-Za-z0-9]*[cemEpr]|--e|--p|eval$")
 DATA_FLAGS = regex(r"-[A-Za-z]*[dFTKun].*|@.*|file:.*|(?=[^-].*[./:]).*[\[\]{}].*")
 SENDING = "data form json upload-file user config url-query expand- post-data post-file body-data body-file variable".split()
 UNSAFE_METHOD = regex(r"(?i)(^| )(-[a-z]*X|--req[a-z]*|--met[a-z]*)[ =]?(?!(GET|HEAD)( |$))\w")
@@ -1577,7 +1587,15 @@ SED_COMMAND = regex(  # one that neither runs (e, s///e) nor writes (w, s///w) n
     r"(?:s(?P<s>[^\w\s\\;])(?:(?!(?P=s))[^\\\n]|\\[\s\S])*(?P=s)(?:(?!(?P=s))[^\\]|\\[\s\S])*(?P=s)[gIip0-9]*)|"
     r"(?:y(?P<y>[^\w\s\\;])(?:(?!(?P=y))[^\\]|\\.)*(?P=y)(?:(?!(?P=y))[^\\]|\\.)*(?P=y)))\s*(?:[;\n]\s*|$)"
 )
+SED_OPTION = regex(
+    r"--(?:(?P<expression>expression)|quiet|silent|in-place|regexp-extended|null-data|separate|version)"
+    r"(?P<glued>=(?P<long>[\s\S]*))?\Z|-[nErsuz]*(?:e(?P<short>.*)|i.*)?$"
+)
 SED_IN_PLACE = regex(r"-\w*i|--i")
+GIT_PROGRAMS = regex(r"-c|--exec-path=|--config-env")  # options of git that make it run something else
+PATTERN_OPTION = regex(r"-[A-Za-z]*[ef]|--(reg|file)")  # of grep: no operand is the pattern
+MESSAGE = regex("-a?m.|--message=")
+OPTION_LETTER = regex(r"-+\w")
 JQ_MORE = regex(r"\benv\b|ENV|\b(import|include|modulemeta|get_search_list)\b")
 TAKEN_OVER = regex(  # of those, the ones that make everyday programs run something else
     r"PS4|BASH_ENV|ENV|IFS|CDPATH|PROMPT_COMMAND|SHELLOPTS|LD_\w+|DYLD_\w+|"
@@ -1678,15 +1696,22 @@ NEVER = (
     "Deleting or changing the system or the home directory", "Overwriting a disk", "Fork bombs", "Writing system files",
     "Calling this server",
 )  # fmt: skip
-ASKS_OF: dict[str, list[Ask]] = {}
+HEURISTICS = (
+    ("data-egress", "Outbound data transfer", "medium"), ("pipe-shell", "Pipe to shell", "high"),
+    ("secret-env-url", "Secrets of the environment", "high"),
+)  # fmt: skip
+ASKS_OF: dict[str, list[tuple[Ask, re.Pattern[str]]]] = {}
 for _row in ASKS:
     for _name in _row.programs.split():
-        ASKS_OF.setdefault(_name, []).append(_row)
+        ASKS_OF.setdefault(_name, []).append((_row, regex(_row.pattern)))
 
 
 def absolute(path: str, ctx: Context, cwd: str = "") -> str:
     """`path` as the tool will see it: `~` and the working directory applied, `.` and `..` removed."""
-    path = _joined(path, ctx, cwd)
+    return _normal(_joined(path, ctx, cwd))
+
+
+def _normal(path: str) -> str:
     return posixpath.normpath(path) if "/." in path or "//" in path or path[-1:] == "/" else path
 
 
@@ -1714,13 +1739,9 @@ def normal_words(words: Sequence[str]) -> tuple[str, ...]:
     name = base_name(words[0]).lower()  # a Mac's file system ignores case
     if name.startswith("git-"):
         words = ["git", name[4:], *words[1:]]
-    elif name[:1] == "g" and name[1:] in GNU_NAMES:
-        words = [name[1:], *words[1:]]
     else:
-        words = [
-            re.sub(r"^(python|perl|ruby|php|lua|node)(js)?[\d.]+$", r"\1", name) if name[-1:].isdigit() else name,
-            *words[1:],
-        ]
+        name = name[1:] if name[:1] == "g" and name[1:] in GNU_NAMES else VERSIONED.sub(r"\1", name)
+        words = [name, *words[1:]]
     if words[0] == "git":
         while len(words) > 1 and words[1].startswith("-"):
             del words[1 : 3 if words[1] in GIT_VALUES else 2]
@@ -1805,11 +1826,13 @@ class _Unfolding:
 
     def expand(self, words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
         """What the words of a command may be, one variant after the other."""
+        if "\0" not in "".join(words):
+            return [words]
         choices = [self.choices(word, ()) for word in words]
         if math.prod(map(len, choices)) > COMBINATIONS:
             choices = [[word] if len(found) == 1 else [ANY] for word, found in zip(words, choices)]
-        for variant in itertools.product(*choices):
-            yield tuple(word.replace("\4", "") for word in variant if word.strip("\4") or not word)
+        variants = itertools.product(*choices)
+        return (tuple(word.replace("\4", "") for word in variant if word.strip("\4") or not word) for variant in variants)
 
     def choices(self, word: str, active: tuple[str, ...]) -> list[str]:
         """What a word may be; \\4 stands where an unquoted value is empty."""
@@ -1848,7 +1871,7 @@ class _Unfolding:
             self.cwds = self.cwds[:PLACES]
 
     def command(self, command: Command, words: tuple[str, ...]) -> None:
-        for verb, paths in (("write", command.writes), ("read", command.reads)):
+        for verb, paths in (("write", command.writes), ("read", command.reads)) if command.redirects else ():
             for path in {variant for word in paths for variant in self.choices(word, ())}:
                 if ANY_TEXT.search(path) or ENVIRONMENT in path or EMPTY in path:
                     self.actions.append(_remark(f"Where it {verb}s is computed when it runs"))
@@ -1857,14 +1880,16 @@ class _Unfolding:
                 else:
                     self.actions += [_file(verb, path.replace(EMPTY, ""), self.ctx, cwd) for cwd in self.cwds]
         if command.fed and words and words[0] in command.within:
-            self.actions.append(Action("run", ("forkbomb",)))
+            self.actions.append(Action("run", ("forkbomb",), text="forkbomb"))
         if words:
             self.run(words, command)
 
     def run(self, words: tuple[str, ...], command: Command, via: tuple[str, ...] = ()) -> None:
         """The actions of one program with its words, and of what it runs in turn."""
-        doubtful = any(EMPTY in word for word in words)
-        words = tuple(word.replace(EMPTY, "") for word in words)
+        raw = " ".join(words)
+        doubtful = EMPTY in raw
+        if doubtful:
+            raw, words = raw.replace(EMPTY, ""), tuple(word.replace(EMPTY, "") for word in words)
         name = base_name(words[0]).lower()
         if _is_computed(words[0]) or not name or not name.isascii() or len(via) > DEPTH:
             self.remarks(True, "Which program runs is not certain", words=words)
@@ -1881,35 +1906,29 @@ class _Unfolding:
         else:
             hidden = self.hides(name, words, command, via)
         self.remarks(hidden, "What it runs is not looked into", words=words)
+        self.program(Action("run", words, "", raw, (), command.fed, True, (), (), via, command.source, command.text, doubtful))
+
+    def program(self, run: Action) -> None:
+        """Adds the action of a program, of which everything but its meaning is known, and remarks on its words."""
+        name, words = base_name(run.words[0]).lower(), run.words
         normal = normal_words(words)
         options = words[1 : len(words) - len(normal) + 1] if normal[0] == "git" else ()
-        self.remarks(any(re.match(r"-c|--exec-path=|--config-env", word) for word in options), "Changes what git runs")
-        hiding = name not in MENTIONING and PRIVILEGE.intersection(map(base_name, words[1:]))
+        self.remarks(any(map(GIT_PROGRAMS.match, options)), "Changes what git runs")
+        hiding = name not in MENTIONING and not PRIVILEGE.isdisjoint(map(base_name, words[1:]))
         self.remarks(hiding, "May run another program as root")
-        self.remarks(name in ASKS_OF and GLOB in "".join(words[1:2]), "A file name decides what it does")
+        self.remarks(len(words) > 1 and GLOB in words[1] and name in ASKS_OF, "A file name decides what it does")
         own = self.plain and words[0] not in self.functions
-        plain = (
-            own and not options and words[0].rpartition("/")[0] in TRUSTED and base_name(words[0]) == words[0].rpartition("/")[2]
-        )
+        folder = words[0].rpartition("/")[0]
+        plain = own and not options and folder in TRUSTED
         cwds = self.cwds
         for option, value in zip(options, options[1:]):
             cwds = tuple(absolute(value, self.ctx, cwd) for cwd in cwds) if option == "-C" else cwds
-        operands = _path_words(normal)
-        files = [word for word in operands if not word.startswith("-")]
-        moved = [f"{to}/{base_name(word.rstrip('/'))}" for to in files for word in files[:-1]] if normal[0] in COPIERS else []
-        paths = _paths([*operands, *options, *moved[:PATH_LIMIT]], self.ctx, cwds) if operands or options else ()
-        last = normal[0] in COPIERS - {"mv"} and not any(re.match(r"-\w*t|--t", word) for word in normal)
-        targets = _paths([*files[-1:], *moved], self.ctx, cwds) if last else paths
-        if normal[0] in INTERPRETERS | {"awk", "gawk", "mawk"} or (
-            normal[0] == "sed" and not any(map(SED_IN_PLACE.match, normal))
-        ):
-            targets = _paths(files[1:], self.ctx, cwds) if normal[0] in INTERPRETERS else ()
-        raw, source = " ".join(words), command.source
-        self.actions.append(
-            Action(
-                "run", normal, "", raw, cwds, command.fed, plain, paths, targets, via, source, command.text, doubtful, own, words
-            )
-        )
+        paths, targets = _touched(normal, options, self.ctx, cwds)
+        text = run.raw if normal == words else " ".join(normal)
+        self.actions.append(Action(
+            "run", normal, "", run.raw, cwds, run.fed, plain, paths, targets, run.via, run.source, run.code, run.doubtful, own,
+            words, text,
+        ))  # fmt: skip
 
     def hides(self, name: str, words: tuple[str, ...], command: Command, via: tuple[str, ...]) -> bool:
         """Looks into a program that runs other programs; whether it cannot be."""
@@ -1981,12 +2000,30 @@ class _Unfolding:
                 self.actions += [_file("write", path, self.ctx) for path in words[at : at + 1]]
 
 
+def _touched(words: Sequence[str], options: Sequence[str], ctx: Context, cwds: Sequence[str]) -> tuple[Any, Any]:
+    """The paths that a program may touch, and those of them that it may change.  `options` are git's own."""
+    name, operands = words[0], _path_words(words)
+    if name not in COPIERS and name not in EDITORS:
+        paths = _paths([*operands, *options], ctx, cwds)
+        return paths, paths
+    files = [word for word in operands if not word.startswith("-")]
+    moved = [f"{to}/{base_name(word.rstrip('/'))}" for to in files for word in files[:-1]] if name in COPIERS else []
+    paths = targets = _paths([*operands, *moved[:PATH_LIMIT]], ctx, cwds)
+    if name in COPIERS - {"mv"} and not any(re.match(r"-\w*t|--t", word) for word in words):
+        targets = _paths([*files[-1:], *moved], ctx, cwds)
+    elif name in INTERPRETERS:
+        targets = _paths(files[1:], ctx, cwds)
+    elif name in EDITORS and (name != "sed" or not any(map(SED_IN_PLACE.match, words))):
+        targets = ()
+    return paths, targets
+
+
 def _path_words(words: Sequence[str]) -> list[str]:
     """The words of a command that may be paths, or options: without texts, patterns and messages."""
     name, rest = words[0], list(words[1:])
     if name in HELPERS and name != "cd":
         return []
-    if name in ("grep", "rg", "ag", "ack") and not any(re.match(r"-[A-Za-z]*[ef]|--(reg|file)", word) for word in rest):
+    if name in ("grep", "rg", "ag", "ack") and not any(map(PATTERN_OPTION.match, rest)):
         first = next((at for at, word in enumerate(rest) if not word.startswith("-")), len(rest))
         return rest[:first] + rest[first + 1 :]
     dropped: tuple[str, ...] = ()
@@ -1994,8 +2031,8 @@ def _path_words(words: Sequence[str]) -> list[str]:
         dropped = ("-name", "-iname", "-path", "-ipath", "-wholename", "-regex", "-iregex", "-type", "-size", "-printf")
     elif name == "git" and rest[:1] in (["commit"], ["tag"], ["stash"], ["notes"], ["merge"]):
         dropped = ("-m", "-am", "--message")
-        rest = [word for word in rest if not re.match("-a?m.|--message=", word)]
-    return [word for before, word in zip([name, *rest], rest) if before not in dropped]
+        rest = [word for word in rest if not MESSAGE.match(word)]
+    return [word for before, word in zip([name, *rest], rest) if before not in dropped] if dropped else rest
 
 
 def _is_computed(word: str) -> bool:
@@ -2006,27 +2043,13 @@ def _sed_is_harmless(words: Sequence[str]) -> bool:
     """Whether sed only edits: its script runs nothing and writes nowhere else."""
     scripts, rest = [], list(words[1:])
     while rest and rest[0].startswith("-") and rest[0] != "--":
-        option = rest.pop(0)
-        name, glued, value = option.partition("=")
-        if name in (
-            "--expression",
-            "--quiet",
-            "--silent",
-            "--in-place",
-            "--regexp-extended",
-            "--null-data",
-            "--separate",
-            "--version",
-        ):
-            scripts += (
-                [value] if name == "--expression" and glued else [rest.pop(0) if rest else ""] if name == "--expression" else []
-            )
-        elif match := re.match(r"-[nErsuz]*(?:e(.*)|i.*)?$", option):
-            scripts += [match.group(1) or (rest.pop(0) if rest else "")] if match.group(1) is not None else []
-        else:
+        match = SED_OPTION.match(rest.pop(0))
+        if not match:
             return False
-    scripts = scripts or [word for word in rest if word][:1]
-    return all(_is_sed_script(script) for script in scripts)
+        script = match.group("long") if match.group("glued") else match.group("short")
+        if match.group("expression") or script is not None:
+            scripts.append(script or (rest.pop(0) if rest and not match.group("glued") else ""))
+    return all(map(_is_sed_script, scripts or [word for word in rest if word][:1]))
 
 
 def _is_sed_script(script: str) -> bool:
@@ -2044,20 +2067,20 @@ def _paths(words: Sequence[str], ctx: Context, cwds: Sequence[str]) -> tuple[str
     parts: dict[str, None] = {}
     dashes = True
     for word in words:
-        if not word.startswith("-") or not dashes:
-            parts[word] = None
-        else:
-            parts[re.sub(r"^-+\w", "", word)] = None
-        if re.search("[=@:]", word):
+        option = OPTION_LETTER.match(word) if dashes else None
+        parts[word[option.end() :] if option else word] = None
+        if "=" in word or "@" in word or ":" in word:
             parts.update(dict.fromkeys((word.partition("=")[2], word.rpartition("@")[2], word.rpartition(":")[2])))
         dashes = dashes and word != "--"
     found: dict[str, None] = {}
     for part in parts:
-        if part and len(part) < 4096 and not ANY_TEXT.search(part):
+        if part and len(part) < 4096 and not ("\0" in part and ANY_TEXT.search(part)):
+            known = "\0" not in part and GLOB not in part
             for cwd in cwds:
-                found[absolute(part, ctx, cwd)] = None
-                if len(found) < PATH_LIMIT and not MARK.search(part):
-                    found[ctx.real_path(_joined(part, ctx, cwd))] = None
+                joined = _joined(part, ctx, cwd)
+                found[_normal(joined)] = None
+                if known and len(found) < PATH_LIMIT:
+                    found[ctx.real_path(joined)] = None
     return tuple(found)
 
 
@@ -2067,17 +2090,29 @@ def _secret(path: str, ctx: Context) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _secret_places(home: str, agent_dir: str, data_dir: str) -> list[list[str]]:
-    """Where credentials are known to lie, in lower case and in parts."""
+def _secret_places(home: str, agent_dir: str, data_dir: str) -> tuple[str, ...]:
+    """Where credentials are known to lie."""
     places = [f"{home}/{name}" for name in SECRET_HOMES] + [f"{agent_dir}/auth.json"]
-    places += [f"{data_dir}/{name}" for name in ("config.json", "devices.json", "identity_ed25519", "apns.json")]
-    return [place.casefold().split("/") for place in places]
+    return (*places, *(f"{data_dir}/{name}" for name in ("config.json", "devices.json", "identity_ed25519", "apns.json")))
+
+
+@functools.lru_cache(maxsize=16)
+def _outline(paths: tuple[str, ...]) -> tuple[set[str], set[str], tuple[str, ...]]:
+    """Some paths in lower case, the folders above them, and what everything below them begins with."""
+    own = {path.casefold() for path in paths}
+    above = {path[: mark.start()] for path in own for mark in re.finditer("/", path)}
+    return own, above, tuple(path.rstrip("/") + "/" for path in own)
 
 
 def _reaches(path: str, ctx: Context, below: bool) -> bool:
     """Whether a path with globs may be one of credentials; with `below` also if such may be below it."""
-    parts = path.casefold().rstrip("/").split("/")
-    for wanted in _secret_places(ctx.home, ctx.agent_dir, ctx.data_dir):
+    path = path.casefold().rstrip("/")
+    own, above, under = _outline(_secret_places(ctx.home, ctx.agent_dir, ctx.data_dir))
+    if GLOB not in path:
+        return path in own or path.startswith(under) or (below and path in above)
+    parts, folder = path.split("/"), path.partition(GLOB)[0].rpartition("/")[0]
+    near = own if folder in own or folder in above or folder.startswith(under) else ()
+    for wanted in (place.split("/") for place in near):
         if (below or len(parts) >= len(wanted)) and all(map(_part_matches, parts, wanted)):
             return True
     return GLOB in parts[-1] and any(_part_matches(parts[-1], name) for name in SECRET_FILES[:-1])
@@ -2087,10 +2122,7 @@ def _part_matches(pattern: str, name: str) -> bool:
     """Whether a part of a path, in which each GLOB is any text, can be `name`."""
     if GLOB not in pattern or pattern.count(GLOB) > 8:
         return pattern == name or GLOB in pattern
-    pattern = re.sub(f"{GLOB}+", GLOB, pattern)
-    if name[:1] == "." and pattern[0] == GLOB:
-        return False
-    return re.fullmatch(".*".join(map(re.escape, pattern.split(GLOB))), name) is not None
+    return not (name[:1] == "." and pattern[0] == GLOB) and text_match(pattern, name, GLOB)
 
 
 def _wide(path: str, ctx: Context) -> bool:
@@ -2101,14 +2133,14 @@ def _wide(path: str, ctx: Context) -> bool:
 
 def _hard(action: Action, ctx: Context) -> str:
     """Why an action is never allowed, or ""."""
-    if any(_secret(path, ctx) for path in action.paths):
+    if any(map(SECRET_PATH.search, action.paths)) and any(_secret(path, ctx) for path in action.paths):
         return "Blocked access to secret credential files"
     if action.verb == "write" and any(guarded(path, root) for path in action.paths for root in SYSTEM_ROOTS):
         return "Blocked write to system files"
     if action.verb != "run":
         return "Blocked access to secret credential files" if base_name(action.path) == "auth.json" else ""
     name, text = action.words[0], action.text
-    if name not in HELPERS and any(base_name(word) == "auth.json" for word in action.words[1:]):
+    if "auth.json" in text and name not in HELPERS and "auth.json" in map(base_name, action.words[1:]):
         return "Blocked access to secret credential files"
     if name in PRIVILEGE:
         return "Blocked privilege escalation"
@@ -2116,44 +2148,37 @@ def _hard(action: Action, ctx: Context) -> str:
         return "Blocked fork bomb"
     if name == "printenv" and SECRET_VARIABLE.search(text):
         return "Blocked access to secrets in the environment"
-    deleting = " -delete" in text if name == "find" else name == "mv" or re.search(r" (-[a-zA-Z]*[rR]|--r)", text)
-    if name in ("rm", "chmod", "chown", "chgrp", "find", "mv") and deleting and not action.doubtful:
+    if name in WIDE_CHANGES and not action.doubtful and re.search(WIDE_CHANGES[name], text):
         operands = [word for word in _path_words(action.words) if not word.startswith("-")]
         if any(_wide(path, ctx) for path in _paths(operands[:-1] if name == "mv" else operands, ctx, action.cwds)):
             return "Blocked catastrophic change"
-    if name.startswith(("mkfs", "newfs", "mke2fs", "wipefs", "sgdisk", "blkdiscard", "badblocks")) or re.match(
-        "diskutil (erase|partition|zero|secureerase)", text.lower()
-    ):
+    if ERASERS.match(text) or (name in WRITERS and any(map(DISKS.match, action.targets))):
         return "Blocked disk overwrite"
-    if name in WRITERS and any(DISKS.match(path) for path in action.targets):
-        return "Blocked disk overwrite"
-    if ctx.port and str(ctx.port) in text:
-        calls = name in FETCHERS or "network" in "".join(ask.reason for ask in ASKS_OF.get(name, ()))
-        if calls and re.search(rf"(^|\D){ctx.port}(\D|$)", text):
-            return "Blocked call to this server"
-    return ""
+    named = ctx.port and str(ctx.port) in text and re.search(rf"(^|\D){ctx.port}(\D|$)", text)
+    calls = named and (name in FETCHERS or any("network" in ask.reason for ask, _ in ASKS_OF.get(name, ())))
+    return "Blocked call to this server" if calls else ""
 
 
 def _protected(action: Action, ctx: Context) -> str:
     """Why an action that changes what guards the agent must always be asked about, or ""."""
-    if action.verb in ("read", "remark") or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
-        return ""
-    kept = [each.casefold() for each in (ctx.data_dir, ctx.agent_dir, *ctx.protected)]
-    home, above = ctx.home.casefold(), ("/", ctx.home.casefold(), ctx.cwd.casefold())
     name = action.words[0] if action.words else ""
-    if name in ("tar", "unzip", "curl", "wget") and ctx.home in action.paths:
+    if name in ("tar", "unzip", "curl", "wget") and ctx.home in action.paths and action.verb == "run":
         return "Writes into your home directory"
+    if not action.targets or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
+        return ""
+    kept, above, under = _outline((ctx.data_dir, ctx.agent_dir, *ctx.protected))
+    home, wide = ctx.home.casefold() + "/", ("/", ctx.home.casefold(), ctx.cwd.casefold())
     system = SYSTEM_FILES + PROGRAM_FILES if name in WRITERS else SYSTEM_FILES
     for path in action.targets:
         low = path.casefold()  # a Mac's file system ignores case
-        if any(inside(low, each) or (inside(each, low) and low not in above) for each in kept):
+        if low in kept or low.startswith(under) or (low.rstrip("/") in above and low not in wide):
             return f"Modifying {base_name(path)} requires approval"
         if low.startswith(system):
             return f"Modifying {base_name(path)} changes the system"
-        if inside(low, home) and low[len(home) + 1 :] in START_FILES:
+        if low.startswith(home) and low[len(home) :] in START_FILES:
             return f"Modifying {base_name(path)} changes what every new shell runs"
-        git = re.search(r"/\.git(/|$)|/head$", low) and (action.verb == "write" or (name in COPIERS and low.endswith("/.git")))
-        if SELF_STARTING.search(low) or git:
+        git = (action.verb == "write" or (name in COPIERS and low.endswith("/.git"))) and GIT_FOLDER.search(low)
+        if git or SELF_STARTING.search(low):
             return f"Modifying {base_name(path)} changes what runs by itself"
     return ""
 
@@ -2162,11 +2187,10 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
     """(risk, reason) of a pattern that leaks data or runs code from elsewhere, or ("", "")."""
     if action.verb == "remark":
         return action.words[0], action.words[1]
-    if any(GLOB in path and _reaches(path, ctx, False) for path in action.paths):
+    if GLOB in "".join(action.paths) and any(GLOB in path and _reaches(path, ctx, False) for path in action.paths):
         return "high", "May reach secret credential files"
     name, options = action.words[0] if action.words else "", action.words[1:]
-    deep = DEEP_READERS.get(name)
-    if deep is not None and re.search(deep, " ".join(action.words)):
+    if name in DEEP_READERS and re.search(DEEP_READERS[name], action.text or name):
         here = action.cwds if name != "rg" or re.search(r" -(\w*[u.]|-hidden|-no-ignore)", action.text) else ()
         if any(_reaches(path, ctx, True) for path in (*action.paths, *here)):
             return "high", "Reads a folder that holds credentials"
@@ -2174,14 +2198,11 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
         return "", ""
     if name in INTERPRETERS:
         devices = [word for word in options if word in ("-", "-s") or word.startswith(("/dev/", "/proc/"))]
-        inline = any(re.match("-[A-Za-z0-9]*[cemEpr]|--e|--p|eval$", word) for word in options)
+        inline = any(map(INLINE_CODE.match, options))
         script = bool(options) and (options[0][:1] != "-" or inline) and not devices
         shown = bool(action.code) and name not in SHELLS
-        if (
-            (action.fed and not shown and not script)
-            or (name in SHELLS and not options)
-            or any("/fd/" in word for word in devices)
-        ):
+        fed = action.fed and not shown and not script
+        if fed or (name in SHELLS and not options) or any("/fd/" in word for word in devices):
             return "high", "Pipe to shell (arbitrary code execution)"
         if RISKY_CODE.search(action.text if inline else action.code):
             return "high", "Code that deletes, runs programs or uses the network"
@@ -2189,7 +2210,7 @@ def _heuristic(action: Action, ctx: Context) -> tuple[str, str]:
         return "medium", "Outbound data transfer"
     if "find" in action.via and name in WRITERS:
         return "high", "Changes all that it finds"
-    if name not in ARGUMENTS_DO_NOTHING and any(ANY_TEXT.search(word) for word in options):
+    if ANY_TEXT.search(action.text) and name not in ARGUMENTS_DO_NOTHING:
         return "medium", "Its arguments are computed when it runs"
     return "", ""
 
@@ -2207,11 +2228,9 @@ def _sends(name: str, options: Sequence[str], ctx: Context) -> bool:
 def _together(actions: Sequence[Action]) -> list[Action]:
     """Remarks on what several actions of a call do together: what is fetched is run."""
     runs = [action for action in actions if action.verb == "run"]
-    stored = any(action.verb == "write" or action.words[:1] in (("tee",), ("dd",), ("sponge",)) for action in actions)
-    fetched = any(
-        a.words[0] == "wget" or (a.words[0] in FETCHERS and (stored or re.search(r" -[a-zA-Z]*[oO]|--(out|rem)", a.text)))
-        for a in runs
-    )
+    stored = any(a.verb == "write" or a.words[:1] in (("tee",), ("dd",), ("sponge",)) for a in actions)
+    loads = [a for a in runs if a.words[0] in FETCHERS]
+    fetched = any(a.words[0] == "wget" or stored or re.search(r" -[a-zA-Z]*[oO]|--(out|rem)", a.text) for a in loads)
     started = any(a.words[0] in INTERPRETERS or "/" in a.raw.split(" ")[0] or a.words[0] == "chmod" for a in runs)
     return [_remark("Runs what it has just fetched")] if fetched and started else []
 
@@ -2280,23 +2299,23 @@ def _bounded(action: Action, ctx: Context) -> bool:
 
 def _only_reads(action: Action) -> bool:
     """Whether a command is on the read-only list with all its options."""
-    name, words = action.words[0] if action.plain else "", list(action.words[1:])
-    if name == "find":
+    name, words = action.words[0], action.words[1:]
+    letters = READERS.get(name) if action.plain else None
+    if action.plain and name == "find":
         return all(word in FIND_READS for word in words if word.startswith(("-", "(", "!")))
-    if name == "git" and GIT_LISTS.fullmatch(" ".join(words)):
-        return True
-    letters = READERS.get(name)
-    if name == "git":
-        command = words.pop(0) if words else ""
-        letters = ("OS" if command == "blame" else "O") if command in GIT_READS else None
-    operands = [word for word in words if not word.startswith("-") or word == "-"]
-    if letters is None or (name == "jq" and JQ_MORE.search(action.text)) or (name == "uniq" and len(operands) > 1):
+    if action.plain and name == "git":
+        if GIT_LISTS.fullmatch(" ".join(words)):
+            return True
+        letters, words = GIT_READS.get("".join(words[:1])), words[1:]
+    if letters is None or (name == "jq" and JQ_MORE.search(action.text)):
+        return False
+    if name == "uniq" and sum(not word.startswith("-") or word == "-" for word in words) > 1:
         return False
     for word in words if name not in HELPERS or letters else ():
         long = word[2:].partition("=")[0] if word.startswith("--") else ""
         if long and (long not in LONG_READS or (long == "follow" and name != "git") or (long == "recursive" and name == "diff")):
             return False
-        if re.match(r"-[^-]", word) and (any(letter in word for letter in letters) or "/" in word):
+        if word[:1] == "-" and word[1:2] not in ("", "-") and ("/" in word or any(letter in word for letter in letters)):
             return False
     return True
 
@@ -2317,9 +2336,9 @@ def glob_match(pattern: str, text: str) -> bool:
         return pattern == text
 
 
-def text_match(pattern: str, text: str) -> bool:
+def text_match(pattern: str, text: str, star: str = "*") -> bool:
     """Command pattern: `*` is any text, everything else literal, and all of the text must match."""
-    first, *middle = pattern.split("*")
+    first, *middle = pattern.split(star)
     if not middle:
         return pattern == text
     last, at = middle.pop(), len(first)
@@ -2408,15 +2427,9 @@ def patched_rule(rule: Json, patch: Json) -> Json:
         raise BadRequest("expiresAt must be a number or null")
     if expires is not None and expires <= 0:
         raise BadRequest("expiresAt must be a positive timestamp")
-    changed = {
-        **rule,
-        "decision": decision,
-        "effect": decision,
-        "tool": patch.get("tool", view["tool"]) or "*",
-        "expiresAt": expires,
-    }
-    for name in ("pattern", "executable"):
-        changed[name] = patch.get(name, view.get(name))
+    changed = {**rule, "decision": decision, "effect": decision, "expiresAt": expires}
+    changed["tool"] = patch.get("tool", view["tool"]) or "*"
+    changed.update({name: patch.get(name, view.get(name)) for name in ("pattern", "executable")})
     if any(changed[name] != view.get(name) for name in ("tool", "pattern", "executable")):
         changed.update(exact=None, match=None)
         changed["tool"] = "bash" if changed["executable"] and changed["tool"] == "*" else changed["tool"]
@@ -2454,11 +2467,7 @@ def policy_summary(preset: str) -> Json:
     asked = list(dict.fromkeys((ask.reason, ask.risk) for ask in ASKS if not ask.presets or preset in ask.presets))
     blocked = [item(f"hard-{number}", title, "critical") for number, title in enumerate(NEVER)]
     needs = [item(f"ask-{number}", title, risk) for number, (title, risk) in enumerate(asked)]
-    needs += [
-        item("heuristic-data-egress", "Outbound data transfer", "medium"),
-        item("heuristic-pipe-shell", "Pipe to shell", "high"),
-        item("heuristic-secret-env-url", "Secrets of the environment", "high"),
-    ]
+    needs += [item(f"heuristic-{key}", title, risk) for key, title, risk in HEURISTICS]
     if default == "ask":
         needs.append(item("default-ask", "Everything that no rule covers", "medium"))
     if default == "deny":
@@ -2512,9 +2521,8 @@ def rule_matches(rule: Json, call: Call, action: Action, ctx: Context) -> bool:
 
 def _spelled(words: Sequence[str]) -> str:
     """Words in one text that shows where each of them ends."""
-    return " ".join(
-        word if word and not re.search(r"[\s'\"]", word) else "'" + word.replace("'", "'\\''") + "'" for word in words
-    )
+    plain = re.compile(r"[^\s'\"]+")
+    return " ".join(word if plain.fullmatch(word) else "'" + word.replace("'", "'\\''") + "'" for word in words)
 
 
 def exact_text(call: Call, ctx: Context) -> str:
@@ -2549,8 +2557,8 @@ def _listed(action: Action, ctx: Context) -> list[Ask]:
     if action.verb != "run":
         return []
     rest = action.text[len(action.words[0]) :]
-    rows = (ask for ask in ASKS_OF.get(action.words[0], ()) if not ask.presets or ctx.preset in ask.presets)
-    return [ask for ask in rows if re.search(ask.pattern, rest)]
+    rows = ASKS_OF.get(action.words[0], ())
+    return [ask for ask, pattern in rows if (not ask.presets or ctx.preset in ask.presets) and pattern.search(rest)]
 
 
 def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Verdict:
@@ -2559,8 +2567,9 @@ def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Ver
     risk, reason = _heuristic(action, ctx)
     if reason:
         return Verdict("ask", risk, reason, "heuristic")
-    listed = max((Verdict("ask", ask.risk, ask.reason, "rule") for ask in _listed(action, ctx)), key=_rank, default=None)
-    stored = next(iter(_stored(call, [action], rules, ctx, "ask", "allow")), None)
+    asks = [Verdict("ask", ask.risk, ask.reason, "rule") for ask in _listed(action, ctx)]
+    listed = max(asks, key=_rank) if asks else None
+    stored = next(iter(_stored(call, [action], rules, ctx, "ask", "allow")), None) if rules else None
     if stored and not (listed and listed.risk == "high" and stored.action == "allow"):
         return stored
     browser = _browser(action, ctx) if action.verb == "run" else None
@@ -2572,9 +2581,8 @@ def _one(call: Call, action: Action, rules: Sequence[Json], ctx: Context) -> Ver
     if action.verb == "run" and action.plain and action.words[0] in ctx.allowed_executables and default != "deny":
         return Verdict("allow", "low", f"Workspace allowlist: {action.words[0]}", "rule")
     if preset and default == "deny" and action.verb in ("run", "read", "write"):
-        return Verdict(
-            "ask", "medium" if action.verb == "read" else "high", "Not on the short list of a locked workspace", "rule"
-        )
+        risk = "medium" if action.verb == "read" else "high"
+        return Verdict("ask", risk, "Not on the short list of a locked workspace", "rule")
     risk = {"allow": "low", "ask": "medium", "deny": "high"}[default]
     return Verdict(default, risk, f"No matching rule — using default {default}", "default")
 
@@ -2595,12 +2603,17 @@ def part_text(action: Action) -> str:
     return MARK.sub("…", action.source or action.raw or action.path).replace(ENVIRONMENT, "…")
 
 
+def _in_force(actions: Sequence[Action], ctx: Context) -> list[Json]:
+    """The rules that may apply to this call: not those for other sessions, and for programs that it does not run."""
+    names = {name for action in actions for name in (*action.words[:1], *action.via)}
+    rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
+    return [rule for rule in rules if not rule.get("executable") or base_name(rule["executable"]).lower() in names]
+
+
 def _judged(call: Call, actions: Sequence[Action], ctx: Context) -> tuple[Verdict, Action | None]:
     """The verdict and the action it is about.  Layers in order: hard denies, stored denies, self-protection, exact
     approvals, and then the strictest opinion on the single actions."""
-    names = {name for action in actions for name in (*action.words[:1], *action.via)}
-    rules = [view for view in map(rule_view, ctx.rules) if rule_applies(view, ctx)]
-    rules = [rule for rule in rules if not rule.get("executable") or base_name(rule["executable"]).lower() in names]
+    rules = _in_force(actions, ctx) if ctx.rules else []
     text = exact_text(call, ctx)
     for action in actions:
         if reason := _hard(action, ctx):
@@ -2610,7 +2623,7 @@ def _judged(call: Call, actions: Sequence[Action], ctx: Context) -> tuple[Verdic
         return Verdict("deny", "critical", "Blocked access to secrets in the environment", "hard_deny"), printed
     exact = [r for r in rules if r.get("exact") == text and r["tool"] == call.tool]
     denied = [Verdict("deny", r["risk"], r["label"], "learned_deny", r["id"]) for r in exact if r["decision"] == "deny"]
-    denied += [v._replace(layer="learned_deny") for v in _stored(call, actions, rules, ctx, "deny")]
+    denied += [v._replace(layer="learned_deny") for v in _stored(call, actions, rules, ctx, "deny")] if rules else []
     if denied:
         return denied[0], None
     if ctx.rules_broken:
@@ -2633,18 +2646,12 @@ def display_summary(call: Call) -> str:
     if call.tool == "bash":
         return visible(str(given.get("command") or "bash (unknown command)"))
     where = "".join(f" {word} {given[name]}" for word, name in (("in", "path"), ("of", "glob")) if given.get(name))
-    if call.tool in ("read", "write", "edit"):
-        text = f"{call.tool.capitalize()} {given.get('path') or 'unknown file'}"
-    elif call.tool == "grep":
-        text = f'Grep for "{given.get("pattern") or "?"}"{where}'
-    elif call.tool == "find":
-        text = (
-            f"Find in {given.get('path') or '.'}: {given['pattern']}"
-            if given.get("pattern")
-            else f"Find in {given.get('path') or '.'}"
-        )
-    else:
-        text = f"List {given.get('path') or '.'}" if call.tool == "ls" else f"{call.tool}({dumps(given)})"
+    path, pattern = given.get("path"), given.get("pattern")
+    text = {
+        "grep": f'Grep for "{pattern or "?"}"{where}', "ls": f"List {path or '.'}",
+        "find": f"Find in {path or '.'}: {pattern}" if pattern else f"Find in {path or '.'}",
+        **{tool: f"{tool.capitalize()} {path or 'unknown file'}" for tool in ("read", "write", "edit")},
+    }.get(call.tool) or f"{call.tool}({dumps(given)})"  # fmt: skip
     return visible(text).replace("\n", "\\n")
 
 
@@ -2652,9 +2659,7 @@ def _once_only(action: Action, ctx: Context) -> bool:
     """Whether an action is too much to be allowed for good: deletes, publishes, sends, or is not known exactly."""
     if action.verb != "run":
         return action.verb == "remark"
-    deletes = action.words[0] in ("rm", "unlink", "rmdir", "mv") or re.match(
-        r"git (rm|branch .*-\w*[dD]|stash (drop|clear))\b", action.text
-    )
+    deletes = re.match(r"(rm|unlink|rmdir|mv)( |$)|git (rm|branch .*-\w*[dD]|stash (drop|clear))\b", action.text)
     listed = any(ask.reason != "Git push" or ctx.preset for ask in _listed(action, ctx))
     unsure = _heuristic(action, ctx)[0] == "high" or any(map(ANY_TEXT.search, action.words))
     return bool(deletes or listed or unsure or _browser_script(action, ctx) == "eval")
@@ -2675,12 +2680,9 @@ def resolution_options(call: Call, verdict: Verdict, ctx: Context) -> Json:
 
 def settle_scope(action: str, scope: Any, options: Json) -> str:
     """The scope an answer really gets: what was asked for if it was offered, else `once`."""
-    offered = {
-        ("allow", "session"): options["allowSession"], ("allow", "workspace"): options["allowAlways"],
-        ("allow", "global"): options["allowAlways"], ("deny", "workspace"): options["denyAlways"],
-        ("deny", "global"): options["denyAlways"],
-    }
-    return scope if isinstance(scope, str) and offered.get((action, scope)) else "once"
+    offered = {"session": "allowSession"} if action == "allow" else {}
+    offered.update(dict.fromkeys(("workspace", "global"), {"allow": "allowAlways", "deny": "denyAlways"}.get(action, "")))
+    return scope if isinstance(scope, str) and options.get(offered.get(scope, "")) else "once"
 
 
 def rule_from_answer(call: Call, ctx: Context, action: str, scope: str, risk: str, expires_in: Any) -> Json:
