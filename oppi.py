@@ -4637,9 +4637,12 @@ def path_resolver() -> Callable[[str], str]:
                 continue
             step = f"{found}/{part}"
             if step not in known:
-                known[step] = step
-                with contextlib.suppress(OSError, ValueError):
+                known[step] = step  # until it is known better, or for ever in a circle of links
+                try:
                     target = os.readlink(step)
+                except (OSError, ValueError):
+                    pass
+                else:
                     known[step] = real(os.path.join(found or "/", target), links - 1) if links else step
             found = known[step]
         return found or "/"
