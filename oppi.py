@@ -4539,6 +4539,8 @@ TAKEN_S = 1.0  # after it accepted a prompt pi needs about 20 ms to begin
 STATE_S, STATE_BURST = 0.25, 8  # one `state` in so long after the first few: it is the whole session each time
 FOR_EVER_MS = 100 * 365 * 86_400_000
 RESEND, DISCARD = "Send again", "Discard"
+DIALOG_ANSWERS = (("value", str), ("confirmed", bool))
+ANSWERED = "Answered on another phone"  # the apps have no message that closes a dialog
 NOT_STREAMING = {
     "steer": "Steer requires an active streaming turn",
     "follow_up": "Follow-up requires an active streaming turn",
@@ -5344,24 +5346,20 @@ class LiveSession:
                 asyncio.get_running_loop().call_later(timeout / 1000, self.dialogs.pop, message["id"], None)
         self.emit(message)
 
-    def answer_dialog(self, body: Json) -> None:
-        """Pass a phone's answer on to the extension.  Raises NotFound for an unknown dialog."""
+    def answer_dialog(self, body: Json, client: Client) -> None:
+        """Pass a phone's answer on to whoever asked, and tell the others.  Raises NotFound for an unknown dialog."""
         key = body.get("id")
         if self.turns.offered and key == self.turns.offered["id"]:
             found = self.turns.answer(body.get("value"))
             if found:
                 asyncio.ensure_future(self._resend(*found))
-            return
-        if not isinstance(key, str) or self.dialogs.pop(key, None) is None:
-            raise NotFound(f"UI request not found: {key}")
-        answer: Json = {"type": "extension_ui_response", "id": key}
-        if isinstance(body.get("value"), str):
-            answer["value"] = body["value"]
-        elif isinstance(body.get("confirmed"), bool):
-            answer["confirmed"] = body["confirmed"]
+        elif isinstance(key, str) and self.dialogs.pop(key, None) is not None:
+            answer: Json = {name: body[name] for name, kind in DIALOG_ANSWERS if isinstance(body.get(name), kind)}
+            self.pi.send({"type": "extension_ui_response", "id": key, **(answer or {"cancelled": True})})
         else:
-            answer["cancelled"] = True
-        self.pi.send(answer)
+            raise NotFound(f"UI request not found: {key}")
+        told = {"type": "extension_ui_notification", "id": key, "method": "notify", "message": ANSWERED, "sessionId": self.id}
+        self.sessions.hub.publish(told, but=client)
 
     def questions(self) -> list[Json]:
         """Open dialogs, as every phone that connects is shown them."""
@@ -7196,7 +7194,7 @@ class Api:
         elif live is None:
             raise NotFound(f"Session not active: {session_id}")
         elif kind == "extension_ui_response":
-            live.answer_dialog(body)
+            live.answer_dialog(body, client)
         elif kind in ("get_queue", "set_queue"):
             queue = await live.change_queue(body) if kind == "set_queue" else live.queue
             reply({"type": "queue_state", "queue": queue})

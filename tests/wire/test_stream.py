@@ -519,6 +519,17 @@ class TestDialogs:
         chat.phone.answer_dialog(asked["id"], chat.sid, value="back")
         chat.phone.wait("agent_end")
 
+    def test_the_other_phones_learn_that_it_was_answered(self, rig: Rig) -> None:
+        chat = rig.chat()
+        other = rig.join(chat.wid, chat.sid).phone
+        chat.say("!dialog input")
+        asked = other.wait("extension_ui_request", since=0)
+        chat.phone.answer_dialog(asked["id"], chat.sid, value="mine")
+        told = other.wait("extension_ui_notification", since=0)
+        assert (told["id"], told["message"]) == (asked["id"], "Answered on another phone")
+        chat.settled()
+        assert "extension_ui_notification" not in chat.phone.types()
+
     def test_seconds_not_milliseconds(self, rig: Rig) -> None:
         chat = rig.chat()
         chat.say("!dialog input 5000")
