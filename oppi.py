@@ -4751,12 +4751,13 @@ class Approvals:
 
 
 class Waiting(NamedTuple):
-    """An accepted turn on its way to pi.  `reply` reaches the phone that sent it; `done` gets what it must be
-    told went wrong, "" for nothing."""
+    """An accepted turn on its way to pi.  `reply` reaches the phone that sent it, `valid` says whether that one
+    was not locked out since; `done` gets what it must be told went wrong, "" for nothing."""
 
     turn_id: str
     request: Json
     reply: Callable[[Json], None]
+    valid: Callable[[], bool]
     stored: asyncio.Future[Any]
     done: asyncio.Future[str]
 
@@ -4781,7 +4782,7 @@ class Turns:
         return stored
 
     async def accept(
-        self, command: str, body: Json, reply: Callable[[Json], None], check: Callable[[], None]
+        self, command: str, body: Json, reply: Callable[[Json], None], valid: Callable[[], bool], check: Callable[[], None]
     ) -> Waiting | None:
         """Put a turn in the line, or answer a repeated one.  Raises OppiError for the failed result."""
         payload = turn_payload(command, body)
@@ -4799,7 +4800,7 @@ class Turns:
         check()
         key = turn_id or new_id(12)
         self.book.add(key, Turn(command, content, now_ms(), payload["message"], payload, bool(turn_id)))
-        item = Waiting(key, request, reply, self.save(), asyncio.get_running_loop().create_future())
+        item = Waiting(key, request, reply, valid, self.save(), asyncio.get_running_loop().create_future())
         self.line.append(item)
         self.news.set()
         try:
@@ -5389,6 +5390,9 @@ class LiveSession:
             turn = self.turns.book.turns.get(item.turn_id)
             if turn is None or turn.payload is None:
                 continue
+            if not item.valid():
+                self.turns.answered(item, "Access revoked", False)
+                continue
             async with self.lane:
                 await self.free.wait()
                 self.used = time.monotonic()
@@ -5420,7 +5424,7 @@ class LiveSession:
     async def _resend(self, turn_id: str, turn: Turn) -> None:
         """Send a held turn again, as a new one."""
         try:
-            await self.sessions.turn(self.id, "prompt", obj(turn.payload), lambda message: None)
+            await self.sessions.turn(self.id, "prompt", obj(turn.payload), lambda message: None, lambda: True)
             self.turns.release([turn_id])
         except OppiError as error:
             self.emit({"type": "error", "error": f"Not sent again: {error}"})
@@ -5740,9 +5744,11 @@ class Sessions:
             self.lines[session_id] = Turns(self.store, session_id)
         return self.lines[session_id]
 
-    async def turn(self, session_id: str, command: str, body: Json, reply: Callable[[Json], None]) -> None:
+    async def turn(
+        self, session_id: str, command: str, body: Json, reply: Callable[[Json], None], valid: Callable[[], bool]
+    ) -> None:
         """Run prompt, steer or follow_up, also while pi starts.  `reply` gets the frames only this phone
-        sees.  Raises OppiError for the failed result."""
+        sees; it runs only if the phone is still `valid` when pi can have it.  Raises OppiError for the failed result."""
         record, live = self.record(session_id), self.active.get(session_id)
         if not live and session_id not in self.starting:
             raise NotFound(f"Session not active: {session_id}")
@@ -5753,7 +5759,7 @@ class Sessions:
             elif command != "prompt":
                 raise Conflict(NOT_STREAMING[command])
 
-        item = await self.turns(session_id).accept(command, body, reply, check)
+        item = await self.turns(session_id).accept(command, body, reply, valid, check)
         if item is None:
             return
         if command == "prompt":
@@ -6622,6 +6628,10 @@ class Api:
             raise Unauthorized("Unauthorized")
         return principal
 
+    def knows(self, principal: str) -> bool:
+        """Whether this one has not been locked out."""
+        return principal in self.server.access.principals()
+
     def open_route(self, request: Request) -> bool:
         """Whether a request needs no token."""
         pairing = request.method == "POST" and request.path == "/pair"
@@ -6827,7 +6837,7 @@ class Api:
         images_of(body.get("images"))
         await self.server.pi.known_models()
         record = self.server.sessions.create(workspace, body)
-        more = {"prompted": await self._first_prompt(record, body)} if _is_text(body.get("prompt")) else {}
+        more = {"prompted": await self._first_prompt(record, body, self.admit(request))} if _is_text(body.get("prompt")) else {}
         return Reply(201, {"session": session_wire(record), **more})
 
     async def local_sessions(self, request: Request) -> Json:
@@ -6842,12 +6852,12 @@ class Api:
         forked = await self.server.sessions.fork(record, workspace, entry_of(body["entryId"]), name)
         return Reply(201, {"session": session_wire(forked)})
 
-    async def _first_prompt(self, record: Json, body: Json) -> bool:
+    async def _first_prompt(self, record: Json, body: Json, principal: str) -> bool:
         """Start a new session and send its prompt; False if that failed."""
         prompt = {"message": body["prompt"].strip(), "images": body.get("images")}
         try:
             await self.server.sessions.start(record["id"])
-            await self.server.sessions.turn(record["id"], "prompt", prompt, lambda frame: None)
+            await self.server.sessions.turn(record["id"], "prompt", prompt, lambda frame: None, lambda: self.knows(principal))
         except OppiError as error:
             log("session", f"{record['id']}: first prompt failed: {error}")
             return False
@@ -7190,7 +7200,7 @@ class Api:
         elif kind not in KNOWN or (kind == "bash" and client.dialect == "1.1"):
             raise BadRequest(f"Unsupported command type: {kind}")
         elif kind in TURN_COMMANDS:
-            await self.server.sessions.turn(session_id, kind, body, reply)
+            await self.server.sessions.turn(session_id, kind, body, reply, lambda: self.knows(client.principal))
         elif live is None:
             raise NotFound(f"Session not active: {session_id}")
         elif kind == "extension_ui_response":
