@@ -3264,23 +3264,43 @@ def count_change(record: Json, event: Json, cwd: str) -> None:
 # Ids keep their form, for the apps cut the suffixes off to find the entry to fork from.
 
 
-def parse_entries(lines: Iterable[bytes]) -> list[Json]:
-    """Entries of a session file.  Broken lines are skipped; a version 1 file gets a chain of ids."""
-    entries: list[Json] = []
-    for line in lines:
-        try:
-            entry = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("type"), str):
-            entries.append(entry)
-    version = next((e.get("version") for e in entries if e["type"] == "session"), None)
-    if version is None:
+OUTLINE = rb'\{"type":"message","id":"([^"\\]+)","parentId":(?:null|"([^"\\]+)"),'
+OUTLINED = ("type", "id", "parentId", "version", "firstKeptEntryId")  # all that the shape of the tree needs
+
+
+def parse_entry(line: bytes) -> Json | None:
+    """An entry of a session file; None for a broken line."""
+    try:
+        entry = parse_json(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("type"), str) else None
+
+
+def outline(line: bytes) -> Json | None:
+    """What the tree needs of an entry: a message, which may be long, is not parsed for it, and so may turn out
+    to be broken later."""
+    match = re.match(OUTLINE, line)
+    if not match:
+        entry = parse_entry(line)
+        return entry and {name: entry[name] for name in OUTLINED if name in entry}
+    key, parent = (group and group.decode("utf-8", "replace") for group in match.groups())
+    return {"type": "message", "id": key, "parentId": parent}
+
+
+def linked(entries: list[Json]) -> list[Json]:
+    """The entries, those of a version 1 file with a chain of ids."""
+    if next((e.get("version") for e in entries if e["type"] == "session"), None) is None:
         chain = [e for e in entries if e["type"] != "session"]
         for number, entry in enumerate(chain):
             entry.setdefault("id", f"v1-{number}")
             entry.setdefault("parentId", chain[number - 1]["id"] if number else None)
     return entries
+
+
+def parse_entries(lines: Iterable[bytes]) -> list[Json]:
+    """Entries of a session file.  Broken lines are skipped; a version 1 file gets a chain of ids."""
+    return linked([entry for entry in map(parse_entry, lines) if entry])
 
 
 def branch(entries: Sequence[Json]) -> list[Json]:
@@ -3307,15 +3327,22 @@ def context_part(path: list[Json]) -> list[Json]:
     return [path[last], *path[kept:last], *path[last + 1 :]]
 
 
-def build_trace(entries: Sequence[Json], view: str = "context") -> list[Json]:
-    """TraceEvents (http-api 2.4) of a session's current branch; view `full` or `context`."""
+def trace_path(entries: Sequence[Json], view: str) -> list[Json]:
+    """The entries, or outlines, that a view of a session's current branch shows; view `full` or `context`."""
     path = branch(entries)
-    events: list[Json] = []
-    for entry in path if view == "full" else context_part(path):
-        for event in _entry_events(entry):
-            event["timestamp"] = _iso(entry.get("timestamp"))
-            events.append(event)
-    return events
+    return path if view == "full" else context_part(path)
+
+
+def trace_events(entry: Json) -> list[Json]:
+    """TraceEvents (http-api 2.4) of one entry."""
+    maker = ENTRY_EVENTS.get(entry["type"])
+    stamp = _iso(entry.get("timestamp"))
+    return [{**event, "timestamp": stamp} for event in (maker(entry) if maker else ())]
+
+
+def build_trace(entries: Sequence[Json], view: str = "context") -> list[Json]:
+    """All TraceEvents of a session's current branch."""
+    return [event for entry in trace_path(entries, view) for event in trace_events(entry)]
 
 
 def iso_time(ms: int) -> str:
@@ -3333,11 +3360,6 @@ def _iso(value: Any) -> str:
     """A time with milliseconds: app 1.0 cannot read one without."""
     match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?", str(value))
     return f"{match.group(1)}{((match.group(2) or '.') + '000')[:4]}Z" if match else "1970-01-01T00:00:00.000Z"
-
-
-def _entry_events(entry: Json) -> list[Json]:
-    maker = ENTRY_EVENTS.get(entry["type"])
-    return maker(entry) if maker else []
 
 
 def _message_events(entry: Json) -> list[Json]:
@@ -3562,9 +3584,9 @@ def delivered(held: dict[str, Turn], texts: Sequence[tuple[str, int]]) -> list[s
     return found
 
 
-def held_events(held: dict[str, Turn], entries: Iterable[Json]) -> list[Json]:
-    """Trace events of the turns that were accepted, but are not in pi's file."""
-    known = delivered(held, user_texts(entries))
+def held_events(held: dict[str, Turn], texts: Sequence[tuple[str, int]]) -> list[Json]:
+    """Trace events of the turns that were accepted, but are not among the user messages of pi's file."""
+    known = delivered(held, texts)
     events: list[Json] = []
     for key, turn in held.items():
         if key not in known:
@@ -3716,6 +3738,9 @@ class Store:
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
         self.sessions: dict[str, Json] = {}
+        self.shared: set[str] = set()  # sessions whose file holds more than what is kept here
+        self._unsaved: dict[str, str] = {}  # session id -> JSON that waits for the writer
+        self._wires: dict[str, bytes] = {}
         self.workspaces: dict[str, Json] = {}
         self.unclean = False  # a session was running when the last server ended
         self._writer: Any = None
@@ -3838,6 +3863,8 @@ class Store:
         record = obj(value.get("session")) if records is self.sessions else value
         if record.get("id") == key:
             records[key] = record
+            if records is self.sessions and len(value) > 1:
+                self.shared.add(key)
             if records is self.sessions and record.get("status") not in ("stopped", "error"):
                 record["status"], self.unclean = "stopped", True
         elif os.path.exists(path):
@@ -3851,14 +3878,31 @@ class Store:
             self._writer = ThreadPoolExecutor(1, "oppi-writer")
         return self._writer.submit(_logged, work)
 
-    def save_session(self, record: Json) -> Any:
-        """Save a session, keeping what else its file holds; a Future."""
-        path, text = self.path("sessions", record["id"] + ".json"), dumps(record)
+    def save_session(self, record: Json) -> None:
+        """Save a session soon, as it is now; several saves in a row are one."""
+        key = record["id"]
+        first, self._unsaved[key] = key not in self._unsaved, dumps(record)
+        self.changed(key)
+        if first:
+            self.background(functools.partial(self._write_session, key))
 
-        def work() -> None:
-            write_file(path, pretty({**self._read(path), "session": json.loads(text)}))
+    def _write_session(self, key: str) -> None:
+        """Write a session, keeping what else its file holds.  Runs on the writer thread."""
+        path, text = self.path("sessions", key + ".json"), self._unsaved.pop(key)
+        others = self._read(path) if key in self.shared else {}
+        data = pretty({**others, "session": json.loads(text)}) if others else f'{{"session":{text}}}\n'.encode("utf-8", "replace")
+        write_file(path, data)
 
-        return self.background(work)
+    def changed(self, key: str) -> None:
+        """A session is not any more what phones were told of it."""
+        self._wires.pop(key, None)
+
+    def wire(self, record: Json) -> bytes:
+        """A session as JSON for the apps.  Kept until it changes: a list has hundreds."""
+        found = self._wires.get(record["id"])
+        if found is None:
+            found = self._wires[record["id"]] = encode(session_wire(record))
+        return found
 
     def read_turns(self, session_id: str) -> list[Any]:
         """Turns of a session as they were saved."""
@@ -5057,8 +5101,10 @@ class LiveSession:
 
     def emit(self, message: Json) -> None:
         """Send a message to the subscribers, after the deltas that came before it."""
-        if message is STATE and not self._may_tell():
-            return
+        if message is STATE:
+            self.sessions.store.changed(self.id)
+            if not self._may_tell():
+                return
         self.flush()
         if message is STATE:
             message = {"type": "state", "session": session_wire(self.record)}
@@ -5776,6 +5822,7 @@ class Sessions:
             raise NotFound("Workspace not found")
         live = LiveSession(self, record, workspace)
         record["status"] = "starting"
+        self.store.changed(record["id"])
         try:
             await live.start()
         except BaseException:
@@ -5961,21 +6008,39 @@ class Sessions:
         rules = self.store.rules
         rules.of_sessions = [rule for rule in rules.of_sessions if rule.get("sessionId") != session_id]
         self.lines.pop(session_id, None)
+        self.store.changed(session_id)
         for folder in ("sessions", "turns"):
             self.store.forget(folder, session_id)
         self.hub.publish({"type": "session_deleted", "sessionId": session_id}, everyone=True)
 
-    async def entries(self, session_id: str) -> list[Json]:
-        """Entries of a session's files; of pi's memory while there is no file yet."""
-        record = self.record(session_id)
-        files = session_files(record)
-        found: list[Json] = await asyncio.get_running_loop().run_in_executor(None, read_entries, files)
-        live = self.active.get(session_id)
-        if not found and live:
-            with contextlib.suppress(PiFailed):
-                data = await live.pi.request({"type": "get_messages"})
-                found = live_entries(arr(obj(data).get("messages")))
+    async def trace(self, session_id: str, view: str) -> list[bytes]:
+        """TraceEvents as JSON, from a session's files; from pi's memory while there is no file yet."""
+        files, held = session_files(self.record(session_id)), self.turns(session_id).book.held()
+        messages = await self._unwritten(session_id, files)
+
+        def work() -> list[bytes]:
+            entries = live_entries(messages)
+            texts = user_texts(entries) + [text for path in files if held for text in read_user_texts(path, 0)[0]]
+            events = (encode(event) for event in [*build_trace(entries, view), *held_events(held, texts)])
+            return [*read_trace(files, view), *events]
+
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    async def tool_result(self, session_id: str, call_id: str) -> Json | None:
+        """The message with a tool's result."""
+        files = session_files(self.record(session_id))
+        messages = await self._unwritten(session_id, files)
+        work = functools.partial(find_result, files, messages, call_id)
+        found: Json | None = await asyncio.get_running_loop().run_in_executor(None, work)
         return found
+
+    async def _unwritten(self, session_id: str, files: Sequence[str]) -> list[Any]:
+        """What a running pi has said, if it has not written anything down yet."""
+        live = self.active.get(session_id)
+        if live and not files:
+            with contextlib.suppress(PiFailed):
+                return arr(obj(await live.pi.request({"type": "get_messages"})).get("messages"))
+        return []
 
     def tick(self) -> None:
         """Once a second: stop what has been idle too long, keep busy sockets alive."""
@@ -6015,13 +6080,36 @@ def risky_settings(cwd: str) -> bool:
         return True
 
 
-def read_entries(files: Sequence[str]) -> list[Json]:
-    """Entries of session files, one after the other.  Runs on a thread."""
-    entries: list[Json] = []
+def read_trace(files: Sequence[str], view: str, fast: bool = True) -> list[bytes]:
+    """TraceEvents of session files as JSON.  Runs on a thread, and never has more than one entry in memory: a
+    long session as objects is ten times its size, and collecting that garbage stops the loop."""
+    outlines: list[Json] = []
+    events: list[bytes] = []
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open(path, "rb")) for path in files if os.path.isfile(path)]
+        for number, file in enumerate(opened):
+            at = 0
+            for line in file:
+                entry = outline(line) if fast else parse_entry(line)
+                if entry:
+                    outlines.append({**{name: entry[name] for name in OUTLINED if name in entry}, "file": number, "at": at})
+                at += len(line)
+        for found in trace_path(linked(outlines), view):
+            opened[found["file"]].seek(found["at"])
+            entry = parse_entry(opened[found["file"]].readline())
+            if entry is None:  # the outline of a broken line
+                return read_trace(files, view, False) if fast else events
+            events += map(encode, trace_events({**entry, "id": found["id"]}))
+    return events
+
+
+def find_result(files: Sequence[str], messages: Sequence[Any], call_id: str) -> Json | None:
+    """The message with the result of a tool call.  Runs on a thread."""
+    found = [obj(message) for message in messages]
     for path in files:
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            entries += parse_entries(file)
-    return entries
+            found += [obj(obj(parse_entry(line)).get("message")) for line in file if encode(call_id) in line]
+    return next((m for m in found if m.get("role") == "toolResult" and m.get("toolCallId") == call_id), None)
 
 
 def live_entries(messages: Sequence[Any]) -> list[Json]:
@@ -6125,6 +6213,17 @@ class Reply(NamedTuple):
     body: Any = None  # JSON value, or bytes of JSON made elsewhere
 
 
+def packed(body: bytes) -> bytes:
+    """The body gzipped, as fast as can be."""
+    import zlib
+
+    packer = zlib.compressobj(1, wbits=31)
+    return packer.compress(body) + packer.flush()
+
+
+packed_again = functools.lru_cache(16)(packed)  # lists are asked for again and again
+
+
 def response_bytes(reply: Reply, close: bool, zip_it: bool = False) -> bytes:
     """A whole HTTP response.  May be slow for a large body; see Connection._response."""
     body = reply.body if isinstance(reply.body, bytes) else b"" if reply.status == 204 else encode(reply.body)
@@ -6132,10 +6231,7 @@ def response_bytes(reply: Reply, close: bool, zip_it: bool = False) -> bytes:
     lines += [f"{name}: {value}" for name, value in CORS]
     if reply.status != 204:
         if zip_it and len(body) >= 1024:
-            import zlib
-
-            packer = zlib.compressobj(1, wbits=31)
-            body = packer.compress(body) + packer.flush()
+            body = packed(body) if len(body) > CHUNK else packed_again(body)
             lines.append("Content-Encoding: gzip")
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff"]
     lines.append("Connection: " + ("close" if close else "keep-alive"))
@@ -6810,19 +6906,20 @@ class Api:
             raise NotFound("Session not found")
         return record
 
-    def _sorted(self, records: Iterable[Json]) -> list[Json]:
-        return [session_wire(r) for r in sorted(records, key=lambda r: -whole(r.get("lastActivity")))]
+    def _listed(self, records: Iterable[Json]) -> bytes:
+        """Sessions as JSON, latest activity first."""
+        return b"[" + b",".join(map(self.server.store.wire, sorted(records, key=lambda r: -whole(r.get("lastActivity"))))) + b"]"
 
-    async def all_sessions(self, request: Request) -> Json:
-        return {"sessions": self._sorted(self.server.store.sessions.values())}
+    async def all_sessions(self, request: Request) -> Reply:
+        return Reply(200, b'{"sessions":' + self._listed(self.server.store.sessions.values()) + b"}")
 
-    async def sessions(self, request: Request, key: str) -> Json:
+    async def sessions(self, request: Request, key: str) -> Reply:
         workspace, days = self.workspace(key), request.query.get("recentDays", "")
         records = [r for r in self.server.store.sessions.values() if r.get("workspaceId") == key]
         since = now_ms() - int(days) * 86_400_000 if re.fullmatch(r"\d{1,4}", days) else -math.inf
         recent = [r for r in records if r.get("status") != "stopped" or whole(r.get("lastActivity")) >= since]
-        shown = self._shown(request, workspace)[0]
-        return {"sessions": self._sorted(recent), "workspace": shown, "totalCount": len(records)}
+        more = encode({"workspace": self._shown(request, workspace)[0], "totalCount": len(records)})
+        return Reply(200, b'{"sessions":' + self._listed(recent) + b"," + more[1:])
 
     async def create_session(self, request: Request, key: str) -> Reply:
         workspace, body = self.workspace(key), request.json()
@@ -6866,24 +6963,16 @@ class Api:
     async def session_detail(self, request: Request, key: str, session_id: str) -> Reply:
         record = self.session(key, session_id)
         view = "full" if request.query.get("view") == "full" else "context"
-        entries = await self.server.sessions.entries(session_id)
-        held = self.server.sessions.turns(session_id).book.held()
-
-        def work() -> bytes:  # event by event: one large dump would hold up every other session
-            events = [*build_trace(entries, view), *held_events(held, entries)]
-            parts = b",".join(encode(event) for event in events)
-            return b'{"session":' + encode(session_wire(record)) + b',"trace":[' + parts + b"]}"
-
-        return Reply(200, await asyncio.get_running_loop().run_in_executor(None, work))
+        events = await self.server.sessions.trace(session_id, view)
+        events[:1] = [b'{"session":' + self.server.store.wire(record) + b',"trace":[' + b"".join(events[:1])]
+        events[-1] += b"]}"
+        return Reply(200, await asyncio.get_running_loop().run_in_executor(None, b",".join, events))
 
     async def tool_output(self, request: Request, key: str, session_id: str, call_id: str) -> Json:
         self.session(key, session_id)
-        for entry in await self.server.sessions.entries(session_id):
-            message = entry.get("message") or {}
-            if message.get("role") == "toolResult" and message.get("toolCallId") == call_id:
-                event = _result_events("", message)[0]
-                return {"toolCallId": call_id, "output": event["output"], "isError": event["isError"]}
-        raise NotFound("Tool output not found")
+        message = existing(await self.server.sessions.tool_result(session_id, call_id), "Tool output not found")
+        event = _result_events("", message)[0]
+        return {"toolCallId": call_id, "output": event["output"], "isError": event["isError"]}
 
     async def events(self, request: Request, key: str, session_id: str) -> Json:
         since = request.query.get("since", "0")

@@ -193,7 +193,7 @@ def test_a_held_turn_is_part_of_the_trace_until_pi_has_it() -> None:
     (event,) = oppi.held_events(held, [])
     assert event["text"] == "look\ndata:image/png;base64,QQ=="
     assert (event["id"], event["type"], event["timestamp"]) == ("held-t", "user", "2023-11-14T22:13:20.123Z")
-    assert oppi.held_events(held, [user("look", 1_700_000_000_200)]) == []
+    assert oppi.held_events(held, [("look", 1_700_000_000_200)]) == []
 
 
 # outboxes
