@@ -6316,9 +6316,10 @@ class Connection:
         self.busy = False
         if self.transport.is_closing():
             return False
-        self.writer.write(data)
-        self._expect(HEAD_TIME_S)  # who does not take what it is sent must not be able to ask for more
-        await self.writer.drain()
+        for start in range(0, len(data), CHUNK):  # a large answer at once would hold up every stream
+            self.writer.write(memoryview(data)[start : start + CHUNK])
+            self._expect(HEAD_TIME_S)  # who does not take what it is sent must not be able to ask for more
+            await self.writer.drain()
         return not closing
 
     async def _body(self, request: Request) -> bytes:
