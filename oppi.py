@@ -3878,6 +3878,10 @@ class Store:
             self._writer = ThreadPoolExecutor(1, "oppi-writer")
         return self._writer.submit(_logged, work)
 
+    def written(self) -> asyncio.Future[Any]:
+        """Done when everything so far is on disk, or could not be written."""
+        return asyncio.wrap_future(self.background(lambda: None))
+
     def save_session(self, record: Json) -> None:
         """Save a session soon, as it is now; several saves in a row are one."""
         key = record["id"]
@@ -4813,6 +4817,8 @@ class Turns:
     def __init__(self, store: Store, session_id: str) -> None:
         self.store, self.id = store, session_id
         self.book = TurnCache(store.read_turns(session_id))
+        for key in self.book.turns:
+            self.book.advance(key, "dispatched")  # it is held, which is all that a phone has to know
         self.line: deque[Waiting] = deque()
         self.news = asyncio.Event()  # there is something in the line
         self.lost: list[str] = []  # ids of turns that the last pi did not write down
@@ -4837,7 +4843,9 @@ class Turns:
         known = self.book.known(turn_id, command, content, now_ms())
         if known:
             await self.save()
-            ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": known.stage}
+            self.ack(turn_id, "dispatched", reply)  # told that it is safe, and so it must stay
+            stage = self.book.turns.get(turn_id, known).stage
+            ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": stage}
             reply({**ack, "duplicate": True, **request})
             reply(result(command, request))
             return None
@@ -4856,17 +4864,27 @@ class Turns:
         asyncio.get_running_loop().call_later(HELD_ACK_S, self.dispatched, item)
         return item
 
-    def hold(self, command: str, payload: Json) -> None:
-        """A message that a person put into pi's queue directly."""
-        text = str(payload["message"])
-        self.book.add(new_id(12), Turn(command, "", now_ms(), text, payload, False, "dispatched"))
+    def requeue(self, before: Sequence[str], items: Sequence[tuple[str, Json]]) -> None:
+        """A person replaced pi's queue of these texts: what was taken out is held no longer, what came in is."""
+        wanted = [(str(item["message"]), command, item) for command, item in items]
+        for key, turn in self.book.held().items():
+            if turn.text in before and turn.stage == "dispatched":
+                kept = next((entry for entry in wanted if entry[0] == turn.text), None)
+                if kept:
+                    wanted.remove(kept)
+                else:
+                    self.book.release([key])
+        for text, command, item in wanted:
+            self.book.add(new_id(12), Turn(command, "", now_ms(), text, item, False, "dispatched"))
         self.save()
 
-    async def next(self) -> Waiting:
+    async def first(self) -> Waiting:
+        """The first turn of the line, which stays in it until it is handed over."""
         while not self.line:
             self.news.clear()
             await self.news.wait()
-        return self.line.popleft()
+        await asyncio.wait([self.line[0].stored])
+        return self.line[0]
 
     def ack(self, turn_id: str, stage: str, reply: Callable[[Json], None] | None = None, **more: Any) -> bool:
         """Move a turn to a stage and tell; whether it had not been there."""
@@ -4903,11 +4921,6 @@ class Turns:
         """These are held no longer."""
         if self.book.release(list(turn_ids)):
             self.save()
-
-    def forget(self, texts: Iterable[str]) -> None:
-        """A person took these messages out of pi's queue."""
-        gone = set(texts)
-        self.release(key for key, turn in self.book.held().items() if turn.text in gone and turn.stage == "dispatched")
 
     async def look(self, path: str, start: int) -> tuple[str, int]:
         """Release what pi's file holds by now; the file, and where to look on next time."""
@@ -5041,7 +5054,7 @@ class LiveSession:
     async def _discard(self) -> None:
         """End a pi that did not start; nothing is announced."""
         self.state = "stopped"
-        self.record["oppi"]["seq"] = self.log.seq
+        self._note_numbers()
         self.save()
         if self.pi.process is not None:
             self.pi.kill()
@@ -5135,8 +5148,12 @@ class LiveSession:
         self.emit(STATE)
 
     def _reserve_seq(self) -> None:
-        self.record["oppi"]["seq"] = self.log.seq + SEQ_STEP
+        self._note_numbers(SEQ_STEP)
         self.save()
+
+    def _note_numbers(self, ahead: int = 0) -> None:
+        """Note the highest numbers that may be given out before the next note."""
+        self.record["oppi"].update(seq=self.log.seq + ahead, queueVersion=self.queue["version"] + ahead)
 
     def _on_delta(self, delta: Delta) -> None:
         text = self.translator.delta(delta)
@@ -5296,9 +5313,8 @@ class LiveSession:
                 kept.append({"id": turn or new_id(12), "message": text, "createdAt": now_ms()})
             self.queue[name] = kept
         self.queue["version"] += 1
-        self.record["oppi"]["queueVersion"] = self.queue["version"]
-        if self.clearing:  # taken back by a person: not held any longer
-            self.turns.forget(item["message"] for _, item in started)
+        if self.queue["version"] >= self.record["oppi"]["queueVersion"]:
+            self._reserve_seq()
         for kind, item in () if self.clearing else started:
             self.emit({"type": "queue_item_started", "kind": kind, "item": item, "queueVersion": self.queue["version"]})
         self.emit({"type": "queue_state", "queue": self.queue})
@@ -5431,16 +5447,16 @@ class LiveSession:
     async def _feed(self) -> None:
         """Hand the accepted turns to pi in their order, each when pi would not lose it."""
         while True:
-            item = await self.turns.next()
-            await asyncio.wait([item.stored])
-            turn = self.turns.book.turns.get(item.turn_id)
-            if turn is None or turn.payload is None:
-                continue
-            if not item.valid():
-                self.turns.answered(item, "Access revoked", False)
-                continue
+            item = await self.turns.first()
             async with self.lane:
                 await self.free.wait()
+                self.turns.line.popleft()
+                turn = self.turns.book.turns.get(item.turn_id)
+                if turn is None or turn.payload is None:  # it could not be stored
+                    continue
+                if not item.valid():
+                    self.turns.answered(item, "Access revoked", False)
+                    continue
                 self.used = time.monotonic()
                 self.taken.clear()
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
@@ -5468,17 +5484,23 @@ class LiveSession:
             self.turns.release([turn_id])
 
     async def _resend(self, turn_id: str, turn: Turn) -> None:
-        """Send a held turn again, as a new one."""
+        """Send a held turn again, as a new one, which is on disk with the same write that forgets the old one."""
+        self.turns.book.release([turn_id])
         try:
             await self.sessions.turn(self.id, "prompt", obj(turn.payload), lambda message: None, lambda: True)
-            self.turns.release([turn_id])
         except OppiError as error:
-            self.emit({"type": "error", "error": f"Not sent again: {error}"})
+            self.turns.book.turns[turn_id] = turn
+            self.turns.save()
+            if self.state != "stopped":
+                self.emit({"type": "error", "error": f"Not sent again: {error}"})
 
     async def refresh(self) -> None:
         """Read pi's state again, after it may have changed."""
         self.adopt(await self.pi.request({"type": "get_state"}))
         self.save()
+
+    def _queued(self) -> list[str]:
+        return [item["message"] for name in ("steering", "followUp") for item in self.queue[name]]
 
     async def change_queue(self, body: Json) -> Json:
         """Replace the queued messages (P87).  Raises Conflict for an old version, BadRequest for bad items."""
@@ -5490,15 +5512,15 @@ class LiveSession:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
             if any(items for _, items in drafts) and not self.running:
                 raise Conflict("Message queue can only contain items while a turn is streaming")
-            self.clearing = True
+            before, self.clearing = self._queued(), True
             try:
                 await self.pi.request({"type": "clear_queue"})
             finally:
                 self.clearing = False
-            for kind, items in drafts:
-                for item in items:
-                    self.turns.hold(kind, item)
-                    await self.pi.request({"type": kind, **item})
+            items = [(kind, item) for kind, items in drafts for item in items]
+            self.turns.requeue(before, items)
+            for kind, item in items:
+                await self.pi.request({"type": kind, **item})
         return self.queue
 
     # stopping
@@ -5530,10 +5552,14 @@ class LiveSession:
     def _abort(self) -> None:
         """Empty the queue (P87) and abort.  A pending question of the gate ends inside pi, and so here."""
 
+        queued = self._queued()
+
         def cleared(response: Json) -> None:
             self.clearing = False
+            if response.get("success") is True:
+                self.turns.requeue(queued, [])
 
-        if self.modern and (self.queue["steering"] or self.queue["followUp"]):
+        if self.modern and queued and self.stop_source == "user":  # a server that stops throws nothing away
             self.clearing = True
             self.pi.call({"type": "clear_queue"}, cleared)
         self.pi.send({"type": "abort_bash"})
@@ -5599,7 +5625,7 @@ class LiveSession:
 
     def _gone(self) -> None:
         self.emit({"type": "session_ended", "reason": self.reason})
-        self.record["oppi"]["seq"] = self.log.seq
+        self._note_numbers()
         self.save()
         self.sessions.gone(self)
 
@@ -5813,6 +5839,7 @@ class Sessions:
             self.store.save_session(record)
         failure = await asyncio.shield(item.done)
         if failure:
+            await self.store.written()  # a message that is told to have failed must not be offered again
             raise PiFailed(failure)
 
     async def _start(self, record: Json) -> LiveSession:
@@ -6935,6 +6962,7 @@ class Api:
         images_of(body.get("images"))
         await self.server.pi.known_models()
         record = self.server.sessions.create(workspace, body)
+        await self.server.store.written()
         more = {"prompted": await self._first_prompt(record, body, self.admit(request))} if _is_text(body.get("prompt")) else {}
         return Reply(201, {"session": session_wire(record), **more})
 
@@ -7134,7 +7162,10 @@ class Api:
             client.deliver({"type": "stream_connected", "userName": short_host()})
             client.ready.set()
         else:
+            if live := self.server.sessions.active.get(client.session_id):
+                live.flush()
             client.deliver(self._connected(self.server.store.sessions[client.session_id]))
+            client.subscriptions[client.session_id] = "full"  # from here on it misses nothing
             client.spawn(self._begin(client))
 
     def _connected(self, record: Json) -> Json:
