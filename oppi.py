@@ -3741,6 +3741,7 @@ class Store:
         self.shared: set[str] = set()  # sessions whose file holds more than what is kept here
         self._unsaved: dict[str, str] = {}  # session id -> JSON that waits for the writer
         self._wires: dict[str, bytes] = {}
+        self.version = 0  # of all sessions together
         self.workspaces: dict[str, Json] = {}
         self.unclean = False  # a session was running when the last server ended
         self._writer: Any = None
@@ -3900,6 +3901,7 @@ class Store:
     def changed(self, key: str) -> None:
         """A session is not any more what phones were told of it."""
         self._wires.pop(key, None)
+        self.version += 1
 
     def wire(self, record: Json) -> bytes:
         """A session as JSON for the apps.  Kept until it changes: a list has hundreds."""
@@ -4373,6 +4375,7 @@ class PiInfo:
 SKIP_SIZE = 256 * 1024  # bytes per read while the rest of a line is skipped: looking for its end costs little
 READ_SIZE = 32 * 1024  # bytes per read; some 100 deltas, and within the processor's cache
 READ_TURN_S = 0.0005  # then the loop may serve others
+QUICK_S, REST_S = 0.004, 0.006  # a pipe that is read again so soon is left alone for a while: waking up costs ten deltas
 PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
 F_SETPIPE_SZ = 1031
 STDERR_TAIL = 4096  # bytes kept to explain a failure
@@ -4423,6 +4426,7 @@ class PiProcess:
         self.exited: asyncio.Event = asyncio.Event()
         self._number = 0
         self._stdout = self._stderr_end = -1
+        self._resting, self._read_at = False, 0.0
         self._drained: asyncio.Event = asyncio.Event()
         self._stderr = b""
         self.trouble = ""  # why this end stopped reading
@@ -4468,11 +4472,24 @@ class PiProcess:
             PiProcess._buffer = bytearray(SKIP_SIZE)
             PiProcess._front = memoryview(PiProcess._buffer)[:READ_SIZE]
         items: list[Json | Delta] = []
-        deadline = time.monotonic() + READ_TURN_S
-        while self._read_into(items) and time.monotonic() < deadline:
-            pass
+        begin, more = time.monotonic(), True
+        while more and time.monotonic() < begin + READ_TURN_S:
+            more = self._read_into(items)
+        quick, self._read_at = items and begin - self._read_at < QUICK_S + REST_S * self._resting, begin
+        self._rest(bool(quick) and not more and self._stdout >= 0)
         if items:
             self.on_items(items)
+
+    def _rest(self, rest: bool) -> None:
+        """Read a pipe that trickles fast by the clock, until a look finds nothing."""
+        loop = asyncio.get_running_loop()
+        if rest:
+            loop.call_later(REST_S, self._readable)
+            if not self._resting:
+                loop.remove_reader(self._stdout)
+        elif self._resting and self._stdout >= 0:
+            loop.add_reader(self._stdout, self._readable)
+        self._resting = rest
 
     def _read_into(self, items: list[Json | Delta]) -> bool:
         """One read; whether there may be more."""
@@ -6258,7 +6275,7 @@ def response_bytes(reply: Reply, close: bool, zip_it: bool = False) -> bytes:
     lines += [f"{name}: {value}" for name, value in CORS]
     if reply.status != 204:
         if zip_it and len(body) >= 1024:
-            body = packed(body) if len(body) > CHUNK else packed_again(body)
+            body = packed(body) if len(body) > 4 * CHUNK else packed_again(body)
             lines.append("Content-Encoding: gzip")
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff"]
     lines.append("Connection: " + ("close" if close else "keep-alive"))
@@ -6731,12 +6748,16 @@ ROUTES = {  # path -> method -> handler
 }
 
 
+LISTS = 16  # answers that are kept
+
+
 class Api:
     """The handlers.  `server` has the parts: store, settings, access, sessions, approvals, hub, pi."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self.limit = PairingLimit()
+        self.lists: dict[Any, tuple[int, bytes]] = {}
         self.routes = [
             (path.split("/")[1:], {method: getattr(self, name) for method, name in row.items()})
             for path, row in ROUTES.items()
@@ -6934,20 +6955,27 @@ class Api:
             raise NotFound("Session not found")
         return record
 
-    def _listed(self, records: Iterable[Json]) -> bytes:
-        """Sessions as JSON, latest activity first."""
-        return b"[" + b",".join(map(self.server.store.wire, sorted(records, key=lambda r: -whole(r.get("lastActivity"))))) + b"]"
+    def _listed(self, records: Iterable[Json], more: Json, *key: Any) -> Reply:
+        """Sessions, latest activity first.  Kept until one changes: every phone asks again and again."""
+        kept, version = self.lists.get(key), self.server.store.version
+        if not kept or kept[0] != version:
+            wires = map(self.server.store.wire, sorted(records, key=lambda r: -whole(r.get("lastActivity"))))
+            kept = self.lists[key] = version, b'{"sessions":[' + b",".join(wires) + b"]," + encode(more)[1:]
+        while len(self.lists) > LISTS:
+            del self.lists[next(iter(self.lists))]
+        return Reply(200, kept[1])
 
     async def all_sessions(self, request: Request) -> Reply:
-        return Reply(200, b'{"sessions":' + self._listed(self.server.store.sessions.values()) + b"}")
+        sessions = self.server.store.sessions.values()
+        return self._listed(sessions, {"totalCount": len(sessions)})
 
     async def sessions(self, request: Request, key: str) -> Reply:
         workspace, days = self.workspace(key), request.query.get("recentDays", "")
         records = [r for r in self.server.store.sessions.values() if r.get("workspaceId") == key]
         since = now_ms() - int(days) * 86_400_000 if re.fullmatch(r"\d{1,4}", days) else -math.inf
         recent = [r for r in records if r.get("status") != "stopped" or whole(r.get("lastActivity")) >= since]
-        more = encode({"workspace": self._shown(request, workspace)[0], "totalCount": len(records)})
-        return Reply(200, b'{"sessions":' + self._listed(recent) + b"," + more[1:])
+        more = {"workspace": self._shown(request, workspace)[0], "totalCount": len(records)}
+        return self._listed(recent, more, key, len(recent), dumps(more))
 
     async def create_session(self, request: Request, key: str) -> Reply:
         workspace, body = self.workspace(key), request.json()
