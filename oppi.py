@@ -4825,6 +4825,7 @@ class Waiting(NamedTuple):
     valid: Callable[[], bool]
     stored: asyncio.Future[Any]
     done: asyncio.Future[str]
+    told: asyncio.Event  # its phone has the result
 
 
 class Turns:
@@ -4859,7 +4860,7 @@ class Turns:
         content = token_hash(f"{command}:{dumps(payload)}")
         known = self.book.known(turn_id, command, content, now_ms())
         if known:
-            await self.save()
+            await asyncio.shield(self.save())  # as long a way as that of the first one, which is told before
             self.ack(turn_id, "dispatched", reply)  # told that it is safe, and so it must stay
             stage = self.book.turns.get(turn_id, known).stage
             ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": stage}
@@ -4869,7 +4870,7 @@ class Turns:
         check()
         key = turn_id or new_id(12)
         self.book.add(key, Turn(command, content, now_ms(), payload["message"], payload, bool(turn_id)))
-        item = Waiting(key, request, reply, valid, self.save(), asyncio.get_running_loop().create_future())
+        item = Waiting(key, request, reply, valid, self.save(), asyncio.get_running_loop().create_future(), asyncio.Event())
         self.line.append(item)
         self.news.set()
         try:
@@ -4913,8 +4914,11 @@ class Turns:
 
     def dispatched(self, item: Waiting) -> None:
         """pi has it, or it is held for so long that the app would give up."""
-        if self.ack(item.turn_id, "dispatched", item.reply, **item.request) and item.request:
-            item.reply(result(self.book.turns[item.turn_id].command, item.request))
+        self.ack(item.turn_id, "dispatched", item.reply, **item.request)
+        turn = self.book.turns.get(item.turn_id)
+        if turn and item.request and not item.told.is_set():
+            item.reply(result(turn.command, item.request))
+        item.told.set()
 
     def begun(self, turn_id: str) -> None:
         if turn_id:
