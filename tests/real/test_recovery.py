@@ -1,0 +1,696 @@
+"""What survives: prompts that were accepted before a kill, sessions, and conversations of the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.mock_llm import last_prompt
+from tests.support.phone import Frame, Phone, Turn
+
+from .conftest import LONG, Chat, Place, clone, eventually
+
+SLOW = "Remember the cheese please\n!wait 2500\n!say the answer"  # there is no answer when whatever it is gets killed
+WAITING = '!tool bash {"command": "touch marker"}\n!say after the tool'
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+AGAIN, DISCARD = {"value": "Send again"}, {"value": "Discard"}
+OPEN_ELSEWHERE = "This pi session is open in another session: "
+
+
+def begin(place: Place, folder: Path, generation: str = "1.1") -> Chat:
+    """A running session on a server of its own."""
+    if not place.server.alive:
+        place.server.start()
+    chat = Chat(place, place.server.pair(generation), folder / "project")
+    chat.connect()
+    return chat
+
+
+def back(chat: Chat) -> None:
+    """Kill the server without a warning and start it again; the phone has forgotten everything and is not connected."""
+    chat.server.kill()
+    chat.phone.drop()
+    chat.server.start()
+    eventually(lambda: not chat.place.running("--mode rpc"), "the pi of the killed server to end")
+    chat.phone = clone(chat.phone)
+
+
+def runs(place: Place, text: str) -> int:
+    """How often the model was given this prompt."""
+    found = [last_prompt(request["messages"]) for request in place.llm.requests]  # type: ignore[no-untyped-call]
+    return found.count((text, 0))
+
+
+def handed_over(chat: Chat, text: str = SLOW, **options: Any) -> Turn:
+    """Send a prompt and wait until the model has it; it has not answered yet."""
+    turn = chat.phone.prompt(chat.sid, text, timeout=LONG, **options)
+    eventually(lambda: runs(chat.place, text) == 1, "the prompt to reach the model")
+    return turn
+
+
+def questions(chat: Chat) -> list[str]:
+    return [event["text"] for event in chat.trace() if event["type"] == "user"]
+
+
+def held(chat: Chat) -> list[tuple[str, str]]:
+    """(id, text) of the messages at the end of the chat which pi does not have."""
+    trace = chat.trace()
+    found = [event for event in trace if event["id"].startswith("held-")]
+    assert trace[len(trace) - len(found) :] == found, "they stand at the end"
+    assert {event["type"] for event in found} <= {"user"}
+    return [(event["id"], event["text"]) for event in found]
+
+
+def is_offer(frame: Frame) -> bool:
+    return frame["type"] == "extension_ui_request" and str(frame["id"]).startswith("held-")
+
+
+def offered(chat: Chat, turn: Turn, text: str = SLOW) -> str:
+    """Wait for the question what is to become of a turn; its id."""
+    chat.wait(is_offer, since=0, id=f"held-{turn.client_turn_id}")
+    frame = next(f for f in chat.phone.frames if is_offer(f) and f["id"] == f"held-{turn.client_turn_id}")
+    assert frame["method"] == "select" and frame["options"] == ["Send again", "Discard"]
+    assert frame["sessionId"] == chat.sid and text.split("\n")[0][:20] in frame["title"]
+    before = [f["type"] for f in chat.phone.frames[: chat.phone.frames.index(frame)]]
+    assert "state" in before, "the app clears a dialog that comes earlier"
+    return str(frame["id"])
+
+
+def nothing_offered(chat: Chat) -> None:
+    """Reconnect, and let a whole turn pass, in which an offer would have come."""
+    chat.phone.drop()
+    chat.phone = clone(chat.phone)
+    chat.connect()
+    assert chat.turn("!say nothing else") == "nothing else"
+    assert [frame for frame in chat.phone.frames if is_offer(frame)] == []
+
+
+def answered(chat: Chat, text: str) -> None:
+    chat.wait("message_end", role="assistant", content=text)
+    chat.wait(lambda f: f["type"] == "state" and f["session"]["status"] == "ready")
+
+
+def reply(chat: Chat, dialog: str, answer: dict[str, Any]) -> None:
+    chat.phone.mark()
+    chat.phone.answer_dialog(dialog, chat.sid, **answer)
+
+
+def unknown(chat: Chat, dialog: str, answer: dict[str, Any]) -> None:
+    """Answer a question that somebody has answered."""
+    reply(chat, dialog, answer)
+    chat.wait("error", error=f"UI request not found: {dialog}")
+
+
+def kill_pi(place: Place) -> None:
+    """As if the machine took it; the server has only this one."""
+    [pid] = place.running("--mode rpc")
+    os.kill(pid, signal.SIGKILL)
+
+
+def private(path: Path) -> bool:
+    return stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+
+
+# ---- prompts that pi does not have -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", ["1.0", "1.1"])
+def test_a_prompt_that_a_killed_server_had_accepted_is_offered_and_runs_once(
+    own: Place, tmp_path: Path, generation: str
+) -> None:
+    """pi writes no file before its first answer, so nobody but the server can still know of this prompt."""
+    chat = begin(own, tmp_path, generation)
+    turn = handed_over(chat)
+    assert questions(chat) == [SLOW], "shown once while it runs"
+    back(chat)
+    assert chat.session()["status"] == "stopped"
+    assert held(chat) == [(f"held-{turn.client_turn_id}", SLOW)] and len(chat.trace()) == 1
+    chat.connect()
+    dialog = offered(chat, turn)
+    assert runs(own, SLOW) == 1, "nothing is sent again by itself"
+    reply(chat, dialog, AGAIN)
+    answered(chat, "the answer")
+    assert runs(own, SLOW) == 2 and questions(chat) == [SLOW] and held(chat) == []
+    assert chat.phone.types().count("agent_start") == 1
+    unknown(chat, dialog, AGAIN)
+    nothing_offered(chat)
+    assert runs(own, SLOW) == 2 and questions(chat) == [SLOW, "!say nothing else"]
+    chat.phone.close()
+
+
+def test_a_prompt_whose_pi_was_killed_is_offered_with_its_picture(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    turn = handed_over(chat, images=[{"data": PIXEL, "mimeType": "image/png"}])
+    kill_pi(own)
+    chat.wait("session_ended", sessionId=chat.sid)
+    eventually(lambda: chat.session()["status"] == "stopped", "the session to be stopped")
+    [(key, text)] = held(chat)
+    assert key == f"held-{turn.client_turn_id}" and text.startswith(SLOW.split("\n")[0])
+    chat.phone.resume(chat.wid, chat.sid)
+    nobody = chat.phone = clone(chat.phone)
+    chat.connect()
+    dialog = offered(chat, turn)
+    assert runs(own, SLOW) == 1
+    reply(chat, dialog, AGAIN)
+    answered(chat, "the answer")
+    assert runs(own, SLOW) == 2 and held(chat) == [] and len(questions(chat)) == 1
+    assert PIXEL in str(own.sees()), "the picture is part of the message"
+    nobody.close()
+
+
+@pytest.mark.parametrize("answer", [DISCARD, {"cancelled": True}], ids=["discarded", "cancelled"])
+def test_a_prompt_is_forgotten_only_when_the_person_says_so(own: Place, tmp_path: Path, answer: dict[str, Any]) -> None:
+    chat = begin(own, tmp_path)
+    turn = handed_over(chat)
+    file = own.server.data / "turns" / f"{chat.sid}.json"
+    assert private(file) and private(file.parent)
+    back(chat)
+    chat.connect()
+    reply(chat, offered(chat, turn), answer)
+    assert chat.turn("!say next") == "next"
+    assert runs(own, SLOW) == 1 and SLOW not in str(own.sees())
+    if answer is DISCARD:
+        assert held(chat) == [] and questions(chat) == ["!say next"]
+        nothing_offered(chat)
+    else:
+        assert questions(chat) == ["!say next", SLOW] and len(held(chat)) == 1
+        chat.phone.drop()
+        chat.phone = clone(chat.phone)
+        chat.connect()
+        reply(chat, offered(chat, turn), DISCARD)
+        eventually(lambda: held(chat) == [], "it to be forgotten")
+    back(chat)
+    assert held(chat) == []
+    nothing_offered(chat)
+    assert runs(own, SLOW) == 1
+    chat.phone.delete(chat.wid, chat.sid)
+    assert not file.exists(), "what belongs to a deleted session goes with it"
+    chat.phone.close()
+
+
+def test_the_first_phone_that_answers_decides(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    turn = handed_over(chat)
+    back(chat)
+    chat.connect()
+    other = own.server.pair("1.0")
+    other.open_session(chat.wid, chat.sid)
+    dialog = offered(chat, turn)
+    other.wait(is_offer, LONG, since=0, id=dialog)
+    reply(chat, dialog, AGAIN)
+    chat.wait("agent_start")
+    other.mark()
+    other.answer_dialog(dialog, chat.sid, **AGAIN)
+    other.wait("error", error=f"UI request not found: {dialog}")
+    answered(chat, "the answer")
+    assert runs(own, SLOW) == 2 and questions(chat) == [SLOW]
+    other.close()
+    chat.phone.close()
+
+
+def test_a_prompt_that_the_file_of_pi_holds_is_shown_once_and_not_offered(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    assert chat.turn("!say one") == "one"
+    handed_over(chat)
+    file = Path(chat.session()["piSessionFile"])
+    eventually(lambda: "Remember the cheese" in file.read_text(), "pi to write the prompt down")
+    assert questions(chat) == ["!say one", SLOW]
+    back(chat)
+    assert questions(chat) == ["!say one", SLOW] and held(chat) == []
+    nothing_offered(chat)
+    assert runs(own, SLOW) == 1 and questions(chat) == ["!say one", SLOW, "!say nothing else"]
+    chat.phone.close()
+
+
+def test_messages_that_were_queued_are_offered_one_by_one(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    chat.ask(WAITING)
+    chat.wait("permission_request", sessionId=chat.sid)
+    turns = {}
+    for kind, word in (("steer", "steered"), ("follow_up", "followed")):
+        turns[word] = chat.phone.prompt(chat.sid, f"!say {word}", kind=kind, timeout=LONG)
+    back(chat)
+    assert questions(chat) == [WAITING, "!say steered", "!say followed"]
+    assert held(chat) == [(f"held-{turn.client_turn_id}", f"!say {word}") for word, turn in turns.items()]
+    chat.connect()
+    for word, turn in turns.items():
+        dialog = offered(chat, turn, f"!say {word}")
+        reply(chat, dialog, AGAIN)
+        answered(chat, word)
+    assert [runs(own, f"!say {word}") for word in turns] == [1, 1]
+    assert questions(chat) == [WAITING, "!say steered", "!say followed"] and held(chat) == []
+    assert not (chat.folder / "marker").exists(), "the call that waited for an approval is not run"
+    chat.phone.close()
+
+
+def test_a_prompt_that_waited_for_a_compaction_is_offered(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    for number in range(3):
+        chat.turn(f"!say answer {number}\n" + "hello " * 8000)
+    chat.phone.mark()
+    chat.phone.send("compact", sessionId=chat.sid, customInstructions="Mind this:\n!wait 20000\n!say it", requestId="c")
+    chat.wait("compaction_start")
+    turn = chat.phone.prompt(chat.sid, "!say not lost", timeout=LONG)
+    back(chat)
+    assert held(chat) == [(f"held-{turn.client_turn_id}", "!say not lost")] and len(questions(chat)) == 4
+    chat.connect()
+    dialog = offered(chat, turn, "!say not lost")
+    assert runs(own, "!say not lost") == 0
+    reply(chat, dialog, AGAIN)
+    answered(chat, "not lost")
+    assert runs(own, "!say not lost") == 1 and "answer 2" in str(own.sees())
+    assert questions(chat)[3:] == ["!say not lost"]
+    chat.phone.close()
+
+
+@pytest.mark.parametrize("way", ["server", "session"])
+def test_a_first_answer_that_was_stopped_in_order_loses_no_question(own: Place, tmp_path: Path, way: str) -> None:
+    chat = begin(own, tmp_path)
+    handed_over(chat)
+    if way == "server":
+        own.server.restart()
+    else:
+        chat.phone.stop(chat.wid, chat.sid)
+    chat.phone.drop()
+    chat.phone = clone(chat.phone)
+    assert questions(chat) == [SLOW]
+    chat.connect()
+    assert chat.turn("!say next") == "next"
+    assert runs(own, SLOW) == 1 and sorted(questions(chat)) == sorted([SLOW, "!say next"])
+    assert bool(held(chat)) == any(is_offer(frame) for frame in chat.phone.frames)
+    chat.phone.close()
+
+
+def test_a_prompt_that_pi_refuses_is_not_kept(own: Place, tmp_path: Path) -> None:
+    (own.server.agent_dir / "models.json").unlink()  # then pi starts, but has no model to ask
+    own.server.start()
+    chat = Chat(own, own.server.pair("1.1"), tmp_path / "project")
+    chat.sid = chat.phone.create_session(chat.wid)["id"]
+    chat.connect()
+    told = chat.phone.command("prompt", chat.sid, timeout=LONG, message="!say never", clientTurnId="t1")
+    assert told["success"] is False and told["error"]
+    assert chat.trace() == []
+    back(chat)
+    assert chat.trace() == []
+    chat.connect()
+    chat.command("get_commands")
+    assert [frame for frame in chat.phone.frames if is_offer(frame)] == []
+    chat.phone.close()
+
+
+# ---- the same turn twice ---------------------------------------------------------------------------------------------
+
+
+def repeat(chat: Chat, turn: Turn, text: str, **more: Any) -> list[Frame]:
+    """Send a turn again as an app does that saw no acknowledgement; the frames up to its result."""
+    start, request = chat.phone.mark(), f"again-{len(chat.phone.frames)}"
+    address = {"sessionId": chat.sid} if chat.phone.generation == "1.1" else {}
+    ids = {"requestId": request, "clientTurnId": turn.client_turn_id}
+    chat.phone.send("prompt", message=text, **address, **ids, **more)
+    chat.phone.result("prompt", request, LONG, since=start)
+    return [frame for frame in chat.phone.since(start) if frame["type"] in ("turn_ack", "command_result", "rpc_result")]
+
+
+@pytest.mark.parametrize("way", ["stopped", "killed"])
+def test_a_repeated_prompt_runs_nothing_after_a_new_start(own: Place, tmp_path: Path, way: str) -> None:
+    chat = begin(own, tmp_path)
+    turn = chat.phone.prompt(chat.sid, "!say once", timeout=LONG)
+    chat.ready()
+    if way == "killed":
+        back(chat)
+    else:
+        chat.phone.stop(chat.wid, chat.sid)
+        chat.phone.resume(chat.wid, chat.sid)
+    chat.connect()
+    ack, result = repeat(chat, turn, "!say once")
+    assert ack["type"] == "turn_ack" and ack["duplicate"] is True and ack["clientTurnId"] == turn.client_turn_id
+    assert result["success"] is True
+    [conflict] = repeat(chat, turn, "!say something else")
+    assert (conflict["success"], conflict["error"]) == (False, f"clientTurnId conflict: {turn.client_turn_id}")
+    assert chat.turn("!say next") == "next"
+    assert runs(own, "!say once") == 1 and runs(own, "!say something else") == 0
+    assert questions(chat) == ["!say once", "!say next"]
+    chat.phone.close()
+
+
+def test_a_repeat_of_a_prompt_that_is_offered_runs_nothing(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    turn = handed_over(chat)
+    back(chat)
+    chat.connect()
+    dialog = offered(chat, turn)
+    ack, result = repeat(chat, turn, SLOW)
+    assert ack["duplicate"] is True and result["success"] is True
+    assert chat.turn("!say next") == "next"
+    assert runs(own, SLOW) == 1 and len(held(chat)) == 1
+    reply(chat, dialog, AGAIN)
+    answered(chat, "the answer")
+    assert runs(own, SLOW) == 2 and sorted(questions(chat)) == sorted(["!say next", SLOW])
+    chat.phone.close()
+
+
+# ---- a prompt while pi starts ----------------------------------------------------------------------------------------
+
+
+def test_app_10_may_prompt_before_pi_is_there(own: Place, tmp_path: Path) -> None:
+    """This app gives up after 4 s and says so; its prompt must be safe long before pi is."""
+    own.server.start()
+    chat = Chat(own, own.server.pair("1.0"), tmp_path / "project")
+    chat.phone.open_session(chat.wid, chat.sid)
+    turn = chat.phone.prompt(chat.sid, "!say early")
+    kinds = [frame["type"] for frame in chat.phone.frames]
+    assert "state" not in kinds, "pi is not there yet"
+    stages = [frame["stage"] for frame in chat.phone.frames if frame["type"] == "turn_ack"]
+    assert stages == ["accepted", "dispatched"]
+    chat.phone.drop()  # and again, as after a change of the network
+    chat.phone.open_session(chat.wid, chat.sid)
+    acks = [frame for frame in repeat(chat, turn, "!say early") if frame["type"] == "turn_ack"]
+    assert [ack["duplicate"] for ack in acks if ack.get("requestId") != turn.request_id] == [True]
+    eventually(lambda: [event["type"] for event in chat.trace()] == ["user", "assistant"], "the answer")
+    assert chat.turn("!say next") == "next"
+    assert runs(own, "!say early") == 1 and questions(chat) == ["!say early", "!say next"]
+    chat.phone.close()
+
+
+def test_a_prompt_for_a_pi_that_never_came_is_offered(own: Place, tmp_path: Path) -> None:
+    own.server.start()
+    chat = Chat(own, own.server.pair("1.0"), tmp_path / "project")
+    chat.phone.open_session(chat.wid, chat.sid)
+    turn = chat.phone.prompt(chat.sid, "!say early")
+    assert "state" not in chat.phone.types(0), "pi is not there yet"
+    back(chat)
+    assert held(chat) == [(f"held-{turn.client_turn_id}", "!say early")] and runs(own, "!say early") == 0
+    chat.connect()
+    reply(chat, offered(chat, turn, "!say early"), AGAIN)
+    answered(chat, "early")
+    assert runs(own, "!say early") == 1 and questions(chat) == ["!say early"]
+    chat.phone.close()
+
+
+# ---- conversations that are over -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["stopped", "killed", "terminated", "pi killed"])
+def test_a_session_goes_on_in_the_same_file(own: Place, tmp_path: Path, way: str) -> None:
+    chat = begin(own, tmp_path)
+    chat.turn("!say one")
+    chat.turn('!tool bash {"command": "echo two"}\n!say two')
+    file, trace, before = Path(chat.session()["piSessionFile"]), chat.trace(), chat.session()
+    content = eventually(lambda: b'"text":"two"' in file.read_bytes() and file.read_bytes(), "the answer to be written")
+    if way == "stopped":
+        chat.phone.stop(chat.wid, chat.sid)
+    elif way == "pi killed":
+        kill_pi(own)
+        chat.wait("session_ended", reason="error")
+        eventually(lambda: chat.session()["status"] == "stopped", "the session to be stopped")
+    elif way == "killed":
+        back(chat)
+    else:
+        own.server.restart()
+    chat.phone.drop()
+    chat.phone = clone(chat.phone)
+    after = chat.session()
+    assert chat.trace() == trace and after["status"] == "stopped"
+    for name in ("messageCount", "tokens", "cost", "lastMessage", "firstMessage", "model", "createdAt"):
+        assert after[name] == before[name], name
+    chat.connect()
+    assert chat.turn("!say three") == "three"
+    assert chat.trace()[: len(trace)] == trace and Path(chat.session()["piSessionFile"]) == file
+    assert file.read_bytes().startswith(content)
+    seen = str(own.sees())
+    assert "!say one" in seen and "echo two" in seen
+    chat.phone.close()
+
+
+# ---- conversations from the terminal ---------------------------------------------------------------------------------
+
+
+def by_hand(command: list[str], place: Place, folder: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    environment = place.server.env
+    return subprocess.run(command, input=text, cwd=folder, env=environment, capture_output=True, text=True, timeout=99)
+
+
+def terminal(place: Place, folder: Path, *prompts: str, name: str = "") -> Path:
+    """Talk to pi by hand in a folder, without any server; the session file it left in its own place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sessions = place.server.agent_dir / "sessions"
+    known, more = set(sessions.glob("*/*.jsonl")), list[str]()
+    for prompt in prompts:
+        command = [str(place.server.pi), *more, "--provider", "mock", "--model", "mock-1", "-p", prompt]
+        done = by_hand(command, place, folder)
+        assert done.returncode == 0, done.stderr
+        more = ["--continue"]
+    [file] = set(sessions.glob("*/*.jsonl")) - known
+    if name:
+        rename(place, folder, file, name)
+    return file
+
+
+def rename(place: Place, folder: Path, file: Path, name: str) -> None:
+    command = [str(place.server.pi), "--mode", "rpc", "--session", str(file)]
+    lines = json.dumps({"type": "set_session_name", "name": name, "id": "n"}) + "\n"
+    done = by_hand(command, place, folder, lines)
+    assert '"success":true' in done.stdout, done.stderr
+
+
+@pytest.fixture
+def desk(shared: Place, phones: dict[str, Phone], tmp_path: Path) -> Iterator[Chat]:
+    """A workspace on the folder of a person who also works in the terminal; its `sid` is nothing that runs."""
+    found = Chat(shared, clone(phones["1.1"]), (tmp_path / "project").resolve())
+    yield found
+    found.phone.drop()
+    for session in found.phone.sessions(found.wid):
+        found.phone.stop(found.wid, session["id"])
+    found.phone.raise_errors()
+
+
+def take(desk: Chat, file: Path | str, **fields: Any) -> tuple[int, Any]:
+    """Ask for the import of a file: status and body."""
+    return desk.phone.request("POST", f"/workspaces/{desk.wid}/sessions", {"piSessionFile": str(file), **fields})
+
+
+def taken(desk: Chat, file: Path, **fields: Any) -> dict[str, Any]:
+    """Import a file, which has to work, and look at it from now on."""
+    session: dict[str, Any] = desk.phone.create_session(desk.wid, piSessionFile=str(file), **fields)
+    desk.sid = session["id"]
+    return session
+
+
+def listed(desk: Chat) -> dict[str, dict[str, Any]]:
+    """The sessions of the terminal, by path."""
+    return {session["path"]: session for session in desk.phone.call("GET", "/local-sessions")["sessions"]}
+
+
+def header(file: Path) -> dict[str, Any]:
+    with file.open() as lines:
+        return dict(json.loads(next(lines)))
+
+
+def test_a_conversation_of_the_terminal_goes_on_from_the_phone(desk: Chat) -> None:
+    file = terminal(desk.place, desk.folder, "!say remember the cheese", "!say and the wine")
+    content = file.read_bytes()
+    shown = listed(desk)[str(file)]
+    assert shown["piSessionId"] == header(file)["id"] and shown["cwd"] == str(desk.folder)
+    assert shown["messageCount"] == 4 and shown["firstMessage"] == "!say remember the cheese"
+    assert "mock-1" in shown["model"] and not shown.get("name")
+    assert abs(shown["lastModified"] - file.stat().st_mtime * 1000) < 1000
+    assert 0 <= shown["lastModified"] - shown["createdAt"] < 120_000
+
+    session = taken(desk, file)
+    assert session["workspaceId"] == desk.wid and session["name"] == "!say remember the cheese"
+    texts = ["!say remember the cheese", "remember the cheese", "!say and the wine", "and the wine"]
+    assert [event["text"] for event in desk.trace()] == texts, "it can be read before anything is started"
+    assert str(file) not in listed(desk) and file.read_bytes() == content
+    desk.connect()
+    assert file.read_bytes() == content, "a look at it changes nothing"
+    assert desk.turn("!say on the phone now") == "on the phone now"
+    assert [m["content"] for m in desk.place.sees() if m["role"] == "assistant"] == texts[1::2]
+    assert [event["text"] for event in desk.trace()] == [*texts, "!say on the phone now", "on the phone now"]
+    assert Path(desk.session()["piSessionFile"]) == file and file.read_bytes().startswith(content)
+    desk.ask(WAITING)
+    asked = desk.approve("deny")
+    assert asked["sessionId"] == desk.sid, "its commands are asked for like those of any session"
+    desk.ready()
+    assert not (desk.folder / "marker").exists()
+
+
+def test_the_newest_conversation_of_the_terminal_is_first(desk: Chat) -> None:
+    files = [terminal(desk.place, desk.folder, f"!say {word}") for word in ("old", "middle", "new")]
+    for age, file in zip((300, 200, 100), files):
+        os.utime(file, (file.stat().st_mtime - age,) * 2)
+    wanted = [str(file) for file in reversed(files)]
+    assert [path for path in listed(desk) if path in wanted] == wanted
+    order = [session["lastModified"] for session in listed(desk).values()]
+    assert order == sorted(order, reverse=True)
+
+
+def test_an_imported_session_is_named(desk: Chat) -> None:
+    long = "!say " + "a very long story " * 10
+    plain, named = terminal(desk.place, desk.folder, long), terminal(desk.place, desk.folder, "!say x", name="Cheese")
+    assert listed(desk)[str(named)]["name"] == "Cheese"
+    assert taken(desk, plain)["name"] == long[:80].strip()
+    assert taken(desk, named)["name"] == "Cheese"
+    third = terminal(desk.place, desk.folder, "!say y", name="Wine")
+    assert taken(desk, third, name="My own")["name"] == "My own"
+    desk.connect()
+    desk.turn("!say z")
+    assert desk.session()["name"] == "My own"
+
+
+def test_a_conversation_is_imported_once(desk: Chat) -> None:
+    file = terminal(desk.place, desk.folder, "!say remember the cheese")
+    link = file.with_name("link.jsonl")
+    link.symlink_to(file)
+    session = taken(desk, file, name="Cheese")
+    refusal = (409, {"error": OPEN_ELSEWHERE + "Cheese"})
+    assert take(desk, file) == refusal, "it is not started yet, but it is somebody's"
+    desk.connect()
+    desk.turn("!say on the phone now")
+    assert take(desk, file) == refusal and take(desk, link) == refusal
+    assert take(desk, file.parent / ".." / file.parent.name / file.name) == refusal
+    desk.phone.stop(desk.wid, desk.sid)
+    assert take(desk, file) == refusal
+    assert str(file) not in listed(desk)
+    desk.phone.delete(desk.wid, session["id"])
+    assert str(file) in listed(desk) and "on the phone now" in file.read_text(), "the file stays the terminal's"
+    again = taken(desk, file)
+    assert again["id"] != session["id"] and questions(desk) == ["!say remember the cheese", "!say on the phone now"]
+
+
+def test_of_two_imports_at_the_same_moment_one_wins(desk: Chat) -> None:
+    file = terminal(desk.place, desk.folder, "!say remember the cheese")
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(take(desk, file)[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert sorted(found) == [201, 409, 409, 409]
+
+
+def test_what_is_no_session_of_the_terminal_is_not_imported(desk: Chat) -> None:
+    """Nothing outside of pi's own folder may be read, and nothing at all be written, for such a request."""
+    good = terminal(desk.place, desk.folder, "!say remember the cheese")
+    folder = good.parent
+    outside = desk.folder / "stolen.jsonl"
+    outside.write_bytes(good.read_bytes())
+    bad: dict[str, Path] = {}
+    contents = {
+        "text.jsonl": "just text\n", "empty.jsonl": "", "other.jsonl": '{"type":"message","id":"a"}\n',
+        "half.jsonl": good.read_text()[:40], "list.jsonl": "[1]\n", "session.txt": good.read_text(),
+        "anonymous.jsonl": json.dumps({**header(good), "id": 5}) + "\n",
+    }  # fmt: skip
+    for name, text in contents.items():
+        bad[name] = folder / name
+        bad[name].write_text(text)
+    (folder / "escape.jsonl").symlink_to(outside)
+    (folder / "escape").symlink_to(desk.folder)
+    (folder / "folder.jsonl").mkdir()
+    before = {path: path.read_bytes() for path in (*bad.values(), outside, good)}
+    count = len(desk.phone.sessions(desk.wid))
+    others = [outside, folder / "escape.jsonl", folder / "escape" / "stolen.jsonl", folder / "folder.jsonl"]
+    others += [folder / ".." / ".." / ".." / ".." / ".." / "project" / "stolen.jsonl", folder / "missing.jsonl"]
+    for path in (*bad.values(), *others, Path("relative.jsonl"), Path("/etc/passwd"), folder):
+        status, body = take(desk, path)
+        assert status == 400 and re.match("Invalid session file: .", body["error"]), (path, status, body)
+    odds: tuple[Any, ...] = (5, ["x"], {}, "a\0b.jsonl")
+    for odd in odds:
+        status, body = desk.phone.request("POST", f"/workspaces/{desk.wid}/sessions", {"piSessionFile": odd})
+        assert status == 400 and body["error"], odd
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(desk.phone.sessions(desk.wid)) == count
+    paths = set(listed(desk))
+    assert str(good) in paths
+    assert not paths & {str(path) for path in (*bad.values(), *others)}, "what cannot be imported is not offered"
+
+
+def test_a_conversation_is_imported_only_into_the_workspace_of_its_folder(desk: Chat, tmp_path: Path) -> None:
+    root = desk.folder
+    for folder in (root.parent, root.with_name("project-2"), tmp_path / "elsewhere"):
+        file = terminal(desk.place, folder, "!say remember the cheese")
+        wanted = f"Session CWD ({folder.resolve()}) is not within workspace path ({root})"
+        assert take(desk, file) == (400, {"error": wanted})
+        assert str(file) in listed(desk), "it can still be imported elsewhere"
+    nowhere = desk.phone.create_workspace("No folder")["id"]
+    path, body = f"/workspaces/{nowhere}/sessions", {"piSessionFile": str(terminal(desk.place, root, "!say hi"))}
+    assert desk.phone.request("POST", path, body) == (400, {"error": "Workspace has no hostMount configured"})
+    homeless = file.with_name("homeless.jsonl")
+    homeless.write_text(json.dumps({k: v for k, v in header(file).items() if k != "cwd"}) + "\n")
+    assert take(desk, homeless) == (400, {"error": "Cannot read session CWD from file"})
+
+
+def test_a_conversation_of_a_folder_below_goes_on_there(desk: Chat) -> None:
+    below = desk.folder / "packages" / "one"
+    taken(desk, terminal(desk.place, below, "!say remember the cheese"))
+    desk.connect()
+    desk.turn('!tool bash {"command": "pwd"}\n!say ok')
+    assert [result.strip() for result in desk.place.tool_results()] == [str(below)]
+
+
+def test_a_workspace_may_be_named_by_a_link(desk: Chat, tmp_path: Path) -> None:
+    """pi writes down where it really is; the person may have given the workspace another name of that place."""
+    link = tmp_path / "link"
+    link.symlink_to(desk.folder)
+    file = terminal(desk.place, link, "!say remember the cheese")
+    assert header(file)["cwd"] == str(desk.folder)
+    desk.wid = desk.phone.create_workspace("Link", hostMount=str(link), policyPreset="host_standard")["id"]
+    taken(desk, file)
+    desk.connect()
+    assert desk.turn("!say next") == "next"
+    assert "remember the cheese" in str(desk.place.sees())
+
+
+def test_a_conversation_whose_terminal_died_is_imported_whole(desk: Chat) -> None:
+    """A half line at the end: pi 0.73 would glue its next entry to it and forget everything before."""
+    file = terminal(desk.place, desk.folder, "!say remember the cheese")
+    with file.open("a") as lines:
+        lines.write('{"type":"message","id":"deadbe')
+    assert str(file) in listed(desk)
+    taken(desk, file)
+    desk.connect()
+    assert desk.turn("!say next") == "next"
+    assert "remember the cheese" in str(desk.place.sees())
+    assert questions(desk) == ["!say remember the cheese", "!say next"]
+
+
+def test_an_imported_conversation_can_be_forked(desk: Chat) -> None:
+    file = terminal(desk.place, desk.folder, "!say one", "!say two")
+    taken(desk, file)
+    content = file.read_bytes()
+    entry = next(event["id"] for event in desk.trace() if event["type"] == "user" and event["text"] == "!say two")
+    desk.sid = desk.phone.fork(desk.wid, desk.sid, entry)["id"]
+    desk.connect()
+    assert desk.turn("!say three") == "three"
+    assert questions(desk) == ["!say one", "!say three"] and file.read_bytes() == content
+
+
+def test_an_imported_conversation_survives_a_killed_server(own: Place, tmp_path: Path) -> None:
+    own.server.start()
+    chat = Chat(own, own.server.pair("1.1"), (tmp_path / "project").resolve())
+    assert listed(chat) == {}, "there is no folder of sessions yet"
+    file = terminal(own, chat.folder, "!say remember the cheese")
+    taken(chat, file)
+    chat.connect()
+    chat.turn("!say one")
+    back(chat)
+    assert take(chat, file)[0] == 409 and str(file) not in listed(chat)
+    chat.connect()
+    assert chat.turn("!say two") == "two"
+    assert questions(chat) == ["!say remember the cheese", "!say one", "!say two"]
+    assert Path(chat.session()["piSessionFile"]) == file
+    chat.phone.stop(chat.wid, chat.sid)
+    with contextlib.suppress(FileNotFoundError):
+        file.unlink()
+    assert listed(chat) == {}
+    chat.phone.close()
