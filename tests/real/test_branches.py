@@ -273,21 +273,36 @@ def test_a_fork_in_place_leaves_the_old_branch_on_disk(chat: Chat, phones: dict[
     assert {str(old), str(pi_file(chat))} <= set(chat.session()["piSessionFiles"])
 
 
-@pytest.mark.parametrize("way", ["fork", "new_session"])
-def test_a_conversation_begun_anew_is_empty_until_something_is_said(chat: Chat, way: str) -> None:
-    """pi writes the new file only after an answer: until then the old file must not be taken for it."""
+def begun_anew(chat: Chat, way: str) -> None:
+    """A conversation of which pi writes the file only after an answer: the old file must not be taken for it."""
     spoken(chat, "one", "two")
-    old, seq = pi_file(chat), chat.phone.last_seq[chat.sid]
-    content = old.read_bytes()
     chat.command(way, **({"entryId": entry_of(chat, "!say one")} if way == "fork" else {}))
-    assert chat.trace() == [] and chat.command("get_fork_messages")["data"]["messages"] == []
-    chat.phone.stop(chat.wid, chat.sid)
+    assert chat.command("get_fork_messages")["data"]["messages"] == []
+
+
+@pytest.mark.parametrize("way", ["fork", "new_session"])
+def test_a_conversation_begun_anew_is_shown_empty_until_something_is_said(chat: Chat, way: str) -> None:
+    begun_anew(chat, way)
     assert chat.trace() == []
+    chat.ask(WAITING)
+    asked = chat.wait("permission_request", sessionId=chat.sid)
+    assert questions(chat) == [WAITING]
+    chat.phone.answer(asked["id"], "deny")
+    chat.ready()
+    assert questions(chat) == [WAITING] == heard(chat.place)
+
+
+@pytest.mark.parametrize("way", ["fork", "new_session"])
+def test_a_conversation_begun_anew_stays_so_over_a_stop(chat: Chat, way: str) -> None:
+    begun_anew(chat, way)
+    [old] = [path for path in pi_file(chat).parent.glob("*.jsonl")]
+    content, seq = old.read_bytes(), chat.phone.last_seq[chat.sid]
+    chat.phone.stop(chat.wid, chat.sid)
     chat.connect()
     assert chat.wait("connected")["currentSeq"] >= seq, "it is the same session for the app"
     chat.turn("!say three")
     assert heard(chat.place) == said("three") and questions(chat) == said("three")
-    assert old.read_bytes() == content, "the old conversation stays as it was"
+    assert old.read_bytes() == content, "the old conversation is kept as it was"
 
 
 def test_a_new_session_in_the_middle_of_an_answer_ends_that_answer(chat: Chat) -> None:

@@ -41,15 +41,16 @@ def back(chat: Chat) -> None:
     """Kill the server without a warning and start it again; the phone has forgotten everything and is not connected."""
     chat.server.kill()
     chat.phone.drop()
+    left = set(chat.server.orphans())
     chat.server.start()
-    eventually(lambda: not chat.place.running("--mode rpc"), "the pi of the killed server to end")
+    eventually(lambda: not left & set(chat.server.orphans()), "the pi of the killed server to end")
     chat.phone = clone(chat.phone)
 
 
 def runs(place: Place, text: str) -> int:
     """How often the model was given this prompt."""
     found = [last_prompt(request["messages"]) for request in place.llm.requests]  # type: ignore[no-untyped-call]
-    return found.count((text, 0))
+    return sum((said.rstrip("\n"), answers) == (text, 0) for said, answers in found)  # a picture adds an empty line
 
 
 def handed_over(chat: Chat, text: str = SLOW, **options: Any) -> Turn:
@@ -113,8 +114,8 @@ def unknown(chat: Chat, dialog: str, answer: dict[str, Any]) -> None:
 
 
 def kill_pi(place: Place) -> None:
-    """As if the machine took it; the server has only this one."""
-    [pid] = place.running("--mode rpc")
+    """As if the machine took it; the server has only this one, once it has asked pi for its version and models."""
+    [(pid, _)] = eventually(lambda: len(place.server.orphans()) == 1 and place.server.orphans(), "one pi to be left")
     os.kill(pid, signal.SIGKILL)
 
 
@@ -195,7 +196,7 @@ def test_a_prompt_is_forgotten_only_when_the_person_says_so(own: Place, tmp_path
     nothing_offered(chat)
     assert runs(own, SLOW) == 1
     chat.phone.delete(chat.wid, chat.sid)
-    assert not file.exists(), "what belongs to a deleted session goes with it"
+    eventually(lambda: not file.exists(), "what belongs to a deleted session to go with it", 5)
     chat.phone.close()
 
 
@@ -387,7 +388,7 @@ def test_a_prompt_for_a_pi_that_never_came_is_offered(own: Place, tmp_path: Path
     own.server.start()
     chat = Chat(own, own.server.pair("1.0"), tmp_path / "project")
     chat.phone.open_session(chat.wid, chat.sid)
-    turn = chat.phone.prompt(chat.sid, "!say early")
+    turn = chat.phone.prompt(chat.sid, "!say early", wait="accepted")
     assert "state" not in chat.phone.types(0), "pi is not there yet"
     back(chat)
     assert held(chat) == [(f"held-{turn.client_turn_id}", "!say early")] and runs(own, "!say early") == 0

@@ -158,8 +158,8 @@ class Table:
 
     def extension_ui_request(self, event: Message) -> list[Message]:
         if event["method"] in NOTES:
-            keys = ("method", "message", "notifyType", "statusKey", "statusText")
-            return [{"type": "extension_ui_notification", **{key: event[key] for key in keys if key in event}}]
+            said = ("method", "message", "notifyType", "statusKey", "statusText")
+            return [{"type": "extension_ui_notification", **{key: event[key] for key in said if key in event}}]
         keys = ("id", "method", "title", "options", "message", "placeholder", "prefill")
         found = {"type": "extension_ui_request", **{key: event[key] for key in keys if key in event}}
         return [{**found, "timeout": max(1, event["timeout"] // 1000)} if "timeout" in event else found]
