@@ -295,7 +295,7 @@ def test_a_conversation_begun_anew_is_shown_empty_until_something_is_said(chat: 
 @pytest.mark.parametrize("way", ["fork", "new_session"])
 def test_a_conversation_begun_anew_stays_so_over_a_stop(chat: Chat, way: str) -> None:
     begun_anew(chat, way)
-    [old] = [path for path in pi_file(chat).parent.glob("*.jsonl")]
+    [old] = pi_file(chat).parent.glob("*.jsonl")
     content, seq = old.read_bytes(), chat.phone.last_seq[chat.sid]
     chat.phone.stop(chat.wid, chat.sid)
     chat.connect()

@@ -255,6 +255,26 @@ def test_messages_that_were_queued_are_offered_one_by_one(own: Place, tmp_path: 
     chat.phone.close()
 
 
+def test_the_same_words_again_are_another_message(own: Place, tmp_path: Path) -> None:
+    """`continue`, said once more a moment later, must not pass for the one that pi has written down."""
+    chat = begin(own, tmp_path)
+    chat.turn("!say same")
+    chat.ask(WAITING)
+    chat.wait("permission_request", sessionId=chat.sid)
+    turns = [chat.phone.prompt(chat.sid, "!say same", kind="follow_up", timeout=LONG) for _ in range(2)]
+    back(chat)
+    assert held(chat) == [(f"held-{turn.client_turn_id}", "!say same") for turn in turns]
+    assert questions(chat) == ["!say same", WAITING, "!say same", "!say same"]
+    chat.connect()
+    reply(chat, offered(chat, turns[0], "!say same"), AGAIN)
+    answered(chat, "same")
+    reply(chat, offered(chat, turns[1], "!say same"), DISCARD)
+    eventually(lambda: held(chat) == [], "it to be forgotten")
+    nothing_offered(chat)
+    assert questions(chat) == ["!say same", WAITING, "!say same", "!say nothing else"]
+    chat.phone.close()
+
+
 def test_a_prompt_that_waited_for_a_compaction_is_offered(own: Place, tmp_path: Path) -> None:
     chat = begin(own, tmp_path)
     for number in range(3):
@@ -272,6 +292,44 @@ def test_a_prompt_that_waited_for_a_compaction_is_offered(own: Place, tmp_path: 
     answered(chat, "not lost")
     assert runs(own, "!say not lost") == 1 and "answer 2" in str(own.sees())
     assert questions(chat)[3:] == ["!say not lost"]
+    chat.phone.close()
+
+
+def test_a_prompt_that_was_sent_again_and_lost_again_is_offered_as_one(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    turn = handed_over(chat)
+    back(chat)
+    chat.connect()
+    reply(chat, offered(chat, turn), AGAIN)
+    eventually(lambda: runs(own, SLOW) == 2, "it to reach the model again")
+    back(chat)
+    [(key, text)] = held(chat)
+    assert text == SLOW and questions(chat) == [SLOW]
+    chat.connect()
+    chat.wait(is_offer, since=0, id=key)
+    reply(chat, key, AGAIN)
+    answered(chat, "the answer")
+    nothing_offered(chat)
+    assert runs(own, SLOW) == 3 and questions(chat) == [SLOW, "!say nothing else"]
+    chat.phone.close()
+
+
+def test_the_first_prompt_of_a_session_that_is_made_with_it_is_kept(own: Place, tmp_path: Path) -> None:
+    chat = begin(own, tmp_path)
+    made = chat.phone.call(
+        "POST", f"/workspaces/{chat.wid}/sessions", {"model": "mock/mock-1", "prompt": SLOW}, expect=201, timeout=LONG
+    )
+    assert made["prompted"] is True
+    chat.sid = made["session"]["id"]
+    eventually(lambda: runs(own, SLOW) == 1, "the prompt to reach the model")
+    back(chat)
+    [(key, text)] = held(chat)
+    assert text == SLOW
+    chat.connect()
+    chat.wait(is_offer, since=0, id=key)
+    reply(chat, key, AGAIN)
+    answered(chat, "the answer")
+    assert runs(own, SLOW) == 2 and questions(chat) == [SLOW]
     chat.phone.close()
 
 
@@ -431,6 +489,36 @@ def test_a_session_goes_on_in_the_same_file(own: Place, tmp_path: Path, way: str
     assert file.read_bytes().startswith(content)
     seen = str(own.sees())
     assert "!say one" in seen and "echo two" in seen
+    chat.phone.close()
+
+
+def test_two_sessions_that_share_a_file_do_not_run_at_once(own: Place, tmp_path: Path) -> None:
+    """Data of an older server may hold such sessions; two pis on one file would spoil it."""
+    chat = begin(own, tmp_path)
+    chat.command("set_session_name", name="Cheese")
+    chat.turn("!say remember the cheese")
+    file = Path(chat.session()["piSessionFile"])
+    chat.phone.close()
+    own.server.stop()
+    stored = own.server.data / "sessions" / f"{chat.sid}.json"
+    twin = stored.with_name("Twin0000.json")
+    twin.write_text(stored.read_text().replace(f'"{chat.sid}"', '"Twin0000"'))
+    own.server.start()
+    chat.connect()
+    path = f"/workspaces/{chat.wid}/sessions/Twin0000/resume"
+    refusal = OPEN_ELSEWHERE + "Cheese"
+    status, body = chat.phone.request("POST", path, {}, timeout=LONG)
+    assert (status, body["error"]) == (409, refusal)
+    told = chat.phone.command("subscribe", "Twin0000", timeout=LONG, level="full")
+    assert told["success"] is False and told["error"] == refusal
+    assert chat.turn("!say here") == "here"
+    content = file.read_bytes()
+    chat.phone.stop(chat.wid, chat.sid)
+    chat.sid = "Twin0000"
+    chat.connect()
+    assert chat.turn("!say there") == "there"
+    assert questions(chat) == ["!say remember the cheese", "!say here", "!say there"]
+    assert file.read_bytes().startswith(content)
     chat.phone.close()
 
 
@@ -605,15 +693,18 @@ def test_what_is_no_session_of_the_terminal_is_not_imported(desk: Chat) -> None:
     for path in (*bad.values(), *others, Path("relative.jsonl"), Path("/etc/passwd"), folder):
         status, body = take(desk, path)
         assert status == 400 and re.match("Invalid session file: .", body["error"]), (path, status, body)
-    odds: tuple[Any, ...] = (5, ["x"], {}, "a\0b.jsonl")
-    for odd in odds:
-        status, body = desk.phone.request("POST", f"/workspaces/{desk.wid}/sessions", {"piSessionFile": odd})
-        assert status == 400 and body["error"], odd
     assert {path: path.read_bytes() for path in before} == before
     assert len(desk.phone.sessions(desk.wid)) == count
     paths = set(listed(desk))
     assert str(good) in paths
     assert not paths & {str(path) for path in (*bad.values(), *others)}, "what cannot be imported is not offered"
+
+
+@pytest.mark.parametrize("odd", [5, ["x.jsonl"], {}, True, "a\0b.jsonl", "~"])
+def test_what_is_no_path_is_not_imported(desk: Chat, odd: Any) -> None:
+    status, body = desk.phone.request("POST", f"/workspaces/{desk.wid}/sessions", {"piSessionFile": odd})
+    assert status == 400 and body["error"]
+    assert [session["id"] for session in desk.phone.sessions(desk.wid)] == [desk.sid]
 
 
 def test_a_conversation_is_imported_only_into_the_workspace_of_its_folder(desk: Chat, tmp_path: Path) -> None:
