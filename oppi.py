@@ -4861,9 +4861,10 @@ class Turns:
         known = self.book.known(turn_id, command, content, now_ms())
         if known:
             await asyncio.shield(self.save())  # as long a way as that of the first one, which is told before
+            if turn_id not in self.book.turns:
+                raise PiFailed("pi has refused it")
             self.ack(turn_id, "dispatched", reply)  # told that it is safe, and so it must stay
-            stage = self.book.turns.get(turn_id, known).stage
-            ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": stage}
+            ack = {"type": "turn_ack", "command": command, "clientTurnId": turn_id, "stage": self.book.turns[turn_id].stage}
             reply({**ack, "duplicate": True, **request})
             reply(result(command, request))
             return None
@@ -5467,7 +5468,7 @@ class LiveSession:
 
     async def _feed(self) -> None:
         """Hand the accepted turns to pi in their order, each when pi would not lose it."""
-        while True:
+        while self.state != "stopped":  # wait_for of Python 3.9 to 3.11 may swallow a cancellation
             item = await self.turns.first()
             async with self.lane:
                 await self.free.wait()
