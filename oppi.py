@@ -4964,8 +4964,8 @@ class Turns:
         self.offer()
         return found
 
-    def offer(self) -> None:
-        """Ask about the next turn that the last pi did not write down."""
+    def offer(self, now: bool = True) -> None:
+        """Ask about the next turn that the last pi did not write down, or only whoever connects from now on."""
         held, self.offered = self.book.held(), None
         self.lost = [key for key in self.lost if key in held]
         if self.lost:
@@ -4973,7 +4973,7 @@ class Turns:
             title = f"This message was not answered before the session ended: {text[:200]}{'…' if len(text) > 200 else ''}"
             dialog = {"type": "extension_ui_request", "id": f"held-{self.lost[0]}", "sessionId": self.id, "method": "select"}
             self.offered = {**dialog, "title": title, "options": [RESEND, DISCARD]}
-            if self.emit:
+            if self.emit and now:
                 self.emit(self.offered)
 
     def answer(self, value: Any) -> tuple[str, Turn] | None:
@@ -4982,7 +4982,9 @@ class Turns:
         turn = self.book.turns[key]
         if value == DISCARD:
             self.release([key])
-        self.offer()
+        elif value != RESEND:  # not now: the others come first
+            self.lost.append(key)
+        self.offer(value in (RESEND, DISCARD))
         return (key, turn) if value == RESEND else None
 
     def left(self) -> None:
