@@ -3265,6 +3265,7 @@ def count_change(record: Json, event: Json, cwd: str) -> None:
 
 
 OUTLINE = rb'\{"type":"message","id":"([^"\\]+)","parentId":(?:null|"([^"\\]+)"),'
+ABORTED = r"\boperation was aborted\b|\bRequest was aborted\b"  # what P87 calls a turn that a person stopped
 OUTLINED = ("type", "id", "parentId", "version", "firstKeptEntryId")  # all that the shape of the tree needs
 
 
@@ -3340,9 +3341,26 @@ def trace_events(entry: Json) -> list[Json]:
     return [{**event, "timestamp": stamp} for event in (maker(entry) if maker else ())]
 
 
+def shown_events(entries: Iterable[Json]) -> Iterator[Json]:
+    """TraceEvents of entries in a row.  Of attempts that failed only the last one's error is shown."""
+    failure: list[Json] = []
+    for entry in entries:
+        message = obj(entry.get("message"))
+        if message.get("role") == "user":
+            yield from failure
+        if message.get("role") in ("user", "assistant"):
+            failure = []
+        yield from trace_events(entry)
+        text = str(message.get("errorMessage") or "")
+        if message.get("stopReason") == "error" and text and not re.search(ABORTED, text):
+            error = {"id": f"{entry['id']}-error", "type": "system", "text": f"Error: {text}"}
+            failure = [{**error, "timestamp": _iso(entry.get("timestamp"))}]
+    yield from failure
+
+
 def build_trace(entries: Sequence[Json], view: str = "context") -> list[Json]:
     """All TraceEvents of a session's current branch."""
-    return [event for entry in trace_path(entries, view) for event in trace_events(entry)]
+    return list(shown_events(trace_path(entries, view)))
 
 
 def iso_time(ms: int) -> str:
@@ -3561,9 +3579,6 @@ class TurnCache:
         return bool(known)
 
 
-CLOCK_MS = 2000  # by how much pi's clock, in a container, may be behind
-
-
 def user_texts(entries: Iterable[Json]) -> list[tuple[str, int]]:
     """(text, time in ms) of the user messages among entries of a session file."""
     messages = [obj(e.get("message")) for e in entries if e.get("type") == "message"]
@@ -3577,7 +3592,7 @@ def delivered(held: dict[str, Turn], texts: Sequence[tuple[str, int]]) -> list[s
     for key, turn in held.items():
         for item in left:
             text, at = item
-            if at >= turn.at - CLOCK_MS and (text == turn.text or turn.text.startswith("/")):
+            if at >= turn.at and (text == turn.text or turn.text.startswith("/")):
                 left.remove(item)
                 found.append(key)
                 break
@@ -4295,6 +4310,9 @@ async def run_program(argv: Sequence[str], env: dict[str, str] | None = None, ti
         process.kill()
         await process.wait()
         return -1, "", f"{argv[0]} took longer than {timeout:g} s"
+    except asyncio.CancelledError:  # the server stops
+        process.kill()
+        raise
     return process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 
@@ -4880,7 +4898,8 @@ class Turns:
             self.book.turns.pop(key, None)
             raise Unavailable(f"The message cannot be kept safe on the server: {error.strerror}") from None
         self.ack(key, "accepted", reply, **request)
-        asyncio.get_running_loop().call_later(HELD_ACK_S, self.dispatched, item)
+        wait = HELD_ACK_S if self.emit else 0  # pi that only starts may take longer than the app waits
+        asyncio.get_running_loop().call_later(wait, self.dispatched, item)
         return item
 
     def requeue(self, before: Sequence[str], items: Sequence[tuple[str, Json]]) -> None:
@@ -5095,11 +5114,12 @@ class LiveSession:
                 record[target] = state[name]
         path = record.get("piSessionFile")
         if path != before and self.state != "starting":  # the person left that conversation
+            record["oppi"]["begun"] = path
             self.turns.release(key for key, turn in self.turns.book.held().items() if turn.stage != "accepted")
         if path and path not in record.setdefault("piSessionFiles", []):
             record["piSessionFiles"].append(path)
         name = str(state.get("sessionName") or "").strip()
-        if name:
+        if name and (self.state != "starting" or not record.get("name")):  # what a person has called it stays
             record["name"] = name
         if state.get("thinkingLevel") in THINKING_LEVELS:
             record["thinkingLevel"] = state["thinkingLevel"]
@@ -5766,7 +5786,8 @@ def local_sessions(root: str, taken: set[str]) -> list[Json]:
     for folder, _, names in os.walk(root):
         for name in names:
             path = os.path.join(folder, name)
-            if name.endswith(".jsonl") and os.path.realpath(path) not in taken:
+            real = os.path.realpath(path)
+            if name.endswith(".jsonl") and real not in taken and inside(real, os.path.realpath(root)):
                 with contextlib.suppress(OSError):
                     paths.append((os.stat(path).st_mtime, path))
     found = []
@@ -5984,8 +6005,9 @@ class Sessions:
 
     def adopt(self, workspace: Json, path: str, body: Json) -> Json:
         """A session that goes on with one of the terminal's.  Raises BadRequest or Conflict (http-api 3.4)."""
-        real, root = os.path.realpath(os.path.expanduser(path)), os.path.realpath(os.path.join(agent_dir(), "sessions"))
+        root = os.path.realpath(os.path.join(agent_dir(), "sessions"))
         try:
+            real = os.path.realpath(os.path.expanduser(path))
             if not inside(real, root) or not real.endswith(".jsonl"):
                 raise ValueError("not a session file of pi")
             found = local_session(real)
@@ -6020,10 +6042,11 @@ class Sessions:
         try:
             await asyncio.get_running_loop().run_in_executor(None, copy_session, files[-1], copy)
             record.update(piSessionFile=copy, contextWindow=source.get("contextWindow"))
-            live = await self.start(record["id"])
+            live, wanted = await self.start(record["id"]), record["name"]
             if obj(await live.pi.request({"type": "fork", "entryId": entry_id}, START_LIMIT_S)).get("cancelled"):
                 raise PiFailed("An extension of pi has cancelled the fork")
             await live.refresh()
+            record["name"] = wanted
         except (OppiError, OSError) as error:
             await self.delete(record["id"])
             raise error if isinstance(error, OppiError) else PiFailed(str(error)) from None
@@ -6114,8 +6137,11 @@ class Sessions:
 
 
 def session_files(record: Json) -> list[str]:
-    """pi's files of a session that exist, sorted, but the current one last: it holds the leaf."""
+    """pi's files of a session that exist, sorted, but the current one last: it holds the leaf.  None while that
+    is a conversation begun anew, which pi writes down with its first answer."""
     current = record.get("piSessionFile")
+    if current and current == obj(record.get("oppi")).get("begun") and not os.path.exists(current):
+        return []
     files = sorted(f for f in arr(record.get("piSessionFiles")) if _is_text(f) and f != current)
     return [f for f in [*files, current] if _is_text(f) and os.path.exists(f)]
 
@@ -6135,7 +6161,6 @@ def read_trace(files: Sequence[str], view: str, fast: bool = True) -> list[bytes
     """TraceEvents of session files as JSON.  Runs on a thread, and never has more than one entry in memory: a
     long session as objects is ten times its size, and collecting that garbage stops the loop."""
     outlines: list[Json] = []
-    events: list[bytes] = []
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open(path, "rb")) for path in files if os.path.isfile(path)]
         for number, file in enumerate(opened):
@@ -6145,13 +6170,18 @@ def read_trace(files: Sequence[str], view: str, fast: bool = True) -> list[bytes
                 if entry:
                     outlines.append({**{name: entry[name] for name in OUTLINED if name in entry}, "file": number, "at": at})
                 at += len(line)
-        for found in trace_path(linked(outlines), view):
+
+        def load(found: Json) -> Json:
             opened[found["file"]].seek(found["at"])
             entry = parse_entry(opened[found["file"]].readline())
-            if entry is None:  # the outline of a broken line
-                return read_trace(files, view, False) if fast else events
-            events += map(encode, trace_events({**entry, "id": found["id"]}))
-    return events
+            if entry is None:
+                raise ValueError("the outline of a broken line")
+            return {**entry, "id": found["id"]}
+
+        try:
+            return [encode(event) for event in shown_events(map(load, trace_path(linked(outlines), view)))]
+        except ValueError:
+            return read_trace(files, view, False) if fast else []
 
 
 def find_result(files: Sequence[str], messages: Sequence[Any], call_id: str) -> Json | None:
@@ -6990,7 +7020,7 @@ class Api:
             require(isinstance(body.get(name), (str, type(None))), f"{name} must be a string")
         odd = re.search("[\x00-\x1f\ud800-\udfff]", f"{body.get('model')}{body.get('thinking')}")
         require(not odd, "model and thinking must be plain text")
-        if body.get("piSessionFile"):
+        if body.get("piSessionFile") is not None:
             good = _is_text(body["piSessionFile"]) and not _is_text(body.get("prompt"))
             require(good, "piSessionFile must be a path, and comes without a prompt")
             return Reply(201, {"session": session_wire(self.server.sessions.adopt(workspace, body["piSessionFile"], body))})
@@ -7415,6 +7445,10 @@ class Api:
             raise Forbidden("Not a file of this session")
         if not os.path.isfile(real):
             raise NotFound("Session file not found")
+        try:
+            local_session(real)
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"Invalid session file: {error}") from None
 
     async def _after_models(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
         return {"models": [safe_model(m) for m in (data or {}).get("models") or []]}, []

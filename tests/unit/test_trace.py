@@ -296,3 +296,26 @@ def test_iso_times_are_read_and_written(text: Any, ms: int) -> None:
     assert oppi.iso_ms(text) == ms
     if ms % 1000:
         assert oppi.iso_time(ms) == text
+
+
+def attempt(key: str, parent: str, text: str = "503 busy", reason: str = "error") -> dict[str, Any]:
+    message = {"role": "assistant", "content": [], "stopReason": reason, "errorMessage": text, "timestamp": 1}
+    return {"type": "message", "id": key, "parentId": parent, "message": message}
+
+
+def asked(key: str, parent: str | None) -> dict[str, Any]:
+    return {"type": "message", "id": key, "parentId": parent, "message": {"role": "user", "content": key}}
+
+
+def test_of_several_failed_attempts_the_last_error_is_shown_once() -> None:
+    entries = [asked("a", None), attempt("b", "a"), attempt("c", "b", "504 slow"), asked("d", "c"), attempt("e", "d")]
+    shown = [(event["type"], event["text"]) for event in oppi.build_trace(entries, "full")]
+    assert shown == [("user", "a"), ("system", "Error: 504 slow"), ("user", "d"), ("system", "Error: 503 busy")]
+
+
+def test_an_attempt_that_was_followed_by_a_good_one_or_stopped_by_a_person_is_no_error() -> None:
+    good = {**attempt("c", "b", "", "stop")}
+    good["message"] = {**good["message"], "content": "fine"}
+    stopped = attempt("e", "d", "This operation was aborted")
+    entries = [asked("a", None), attempt("b", "a"), good, asked("d", "c"), stopped]
+    assert [event["text"] for event in oppi.build_trace(entries, "full")] == ["a", "fine", "d"]
