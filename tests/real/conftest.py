@@ -102,7 +102,7 @@ class Chat:
     def trace(self, view: str = "full") -> list[dict[str, Any]]:
         """What is read back, without the notes about model and thinking level."""
         events = self.phone.session_detail(self.wid, self.sid, view)["trace"]
-        return [event for event in events if event["type"] != "system"]
+        return [e for e in events if e["type"] != "system" or not e["text"].startswith(("Model: ", "Thinking level: "))]
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout: float = LONG) -> Any:
