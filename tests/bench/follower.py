@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Callable
 
 from tests.support.phone import Phone
 from tests.support.server import Server
@@ -116,12 +117,21 @@ class Follower:
         self.over = self.over or frame["type"] == "agent_end"
         self.chat.show(frame)
 
-    def finish(self, timeout: float = 60.0) -> None:
-        """Show everything up to the end of the turn.  Raises RuntimeError if it does not come, or the socket closes."""
+    def until(self, check: Callable[[], bool], timeout: float = 60.0) -> None:
+        """Show what comes until something is so.  Raises RuntimeError if that takes too long, or the socket closes."""
+        deadline = time.monotonic() + timeout
         self.apply()
-        while not self.over:
-            self.wire.wait("", timeout, since=self.read)
+        while not check():
+            self.wire.wait("", deadline - time.monotonic(), since=self.read)
             self.apply()
+
+    def finish(self) -> None:
+        """Show everything up to the end of the turn."""
+        self.until(lambda: self.over)
+
+    def written(self) -> int:
+        """Deltas of the answer that is being written."""
+        return len(STAMP.findall(self.chat.partial))
 
     def lost(self) -> int:
         """How much of what pi's file holds is not on the screen: deltas, answers, calls and their outputs.

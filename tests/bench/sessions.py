@@ -273,7 +273,6 @@ def playing(server: Server, phone: Phone, *sessions: str) -> Iterator[Wire]:
 
 # ---- coming back -----------------------------------------------------------------------------------------------------
 
-DELTA = '"type":"text_delta"'
 CALL = '!tool read {"path": "src/a.py"}\n'
 TEXTS = (300, 1000)  # deltas of the answer during which a phone leaves, and of the one after the tools
 LEAVES, BACK = 100, 362  # deltas seen before leaving, and of the second answer before coming back
@@ -297,13 +296,12 @@ def absence(server: Server, phones: Sequence[Phone], calls: int, *, among_tools:
     texts = [f"!timestamp\n!stream {count} {SIZE} {RATE}\n" for count in TEXTS]
     slowly = f"!toolwait {TOOL_TIME}\n" if among_tools else ""
     reader.wire.prompt(sid, texts[0] + slowly + CALL * calls + texts[1])
-    traveller.wire.wait(DELTA, count=LEAVES)
+    traveller.until(lambda: traveller.written() >= LEAVES)
     traveller.leave()
     left = traveller.last_seen or 0
-    reader.wire.wait('"type":"tool_end"', 60, count=calls // 3 if among_tools else calls)
+    reader.until(lambda: len(reader.chat.ended) >= (calls // 3 if among_tools else calls))
     if not among_tools:
-        position = len(reader.wire.frames)
-        reader.wire.wait(DELTA, 60, count=BACK, since=position)
+        reader.until(lambda: reader.written() >= BACK)
     traveller.connect()
     events, way = (traveller.last_seen or 0) - left, "whole chat loaded" if traveller.reloaded else "events caught up"
     reader.apply()
