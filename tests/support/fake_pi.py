@@ -19,7 +19,8 @@ line of a prompt that begins with one of these directives is obeyed; without any
 
 A run of `!tool` lines ends a round; the next round is played when the tools are done, past the last one the answer
 is `done`.  RATE 0 is as fast as possible.  Further environment: FAKE_PI_NO_GATE=1 behaves as if the gate extension
-did not load, FAKE_PI_START_DELAY=seconds delays the first line, FAKE_PI_LOG=file records stdin for the test.
+did not load, FAKE_PI_START_DELAY=seconds delays the first line, FAKE_PI_LOG=file records stdin for the test,
+FAKE_PI_STARTS=file gets a line with the name of the session folder from each process that is to serve.
 """
 
 from __future__ import annotations
@@ -1196,6 +1197,10 @@ def main(arguments: list[str]) -> None:
     options = Options(arguments)
     if options.values.get("--mode") != "rpc":
         fail("Error: the fake speaks only --mode rpc")
+    starts = os.environ.get("FAKE_PI_STARTS")
+    if starts:
+        with open(starts, "a") as file:
+            file.write(os.path.basename(options.values.get("--session-dir", "")) + "\n")
     time.sleep(float(os.environ.get("FAKE_PI_START_DELAY", "0")))
     agent = Agent(options)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -994,6 +994,11 @@ class Phone:
         tail = "\n  ".join(json.dumps(frame, ensure_ascii=False)[:300] for frame in self.frames[start:][-12:])
         return f"{state} waiting for {name} {dict(fields) or ''}; frames since the mark:\n  {tail or '(none)'}"
 
+    def news(self, known: int, timeout: float) -> None:
+        """Wait until there are more than `known` frames, a complaint, or the end of the socket."""
+        with self._news:
+            self._news.wait_for(lambda: len(self.frames) > known or self.closed or self.errors, timeout)
+
     def quiet(self, what: str | Predicate, duration: float, **fields: Json) -> None:
         """Assert that no matching frame arrives within `duration` seconds."""
         try:
