@@ -3901,14 +3901,15 @@ class Store:
     def save_session(self, record: Json) -> None:
         """Save a session soon, as it is now; several saves in a row are one."""
         key = record["id"]
-        first, self._unsaved[key] = key not in self._unsaved, dumps(record)
+        self._unsaved[key] = dumps(record)
         self.changed(key)
-        if first:
-            self.background(functools.partial(self._write_session, key))
+        self.background(functools.partial(self._write_session, key))  # the thread may just be taking the last one
 
     def _write_session(self, key: str) -> None:
         """Write a session, keeping what else its file holds.  Runs on the writer thread."""
-        path, text = self.path("sessions", key + ".json"), self._unsaved.pop(key)
+        path, text = self.path("sessions", key + ".json"), self._unsaved.pop(key, "")
+        if not text:  # written already, with a save before
+            return
         others = self._read(path) if key in self.shared else {}
         data = pretty({**others, "session": json.loads(text)}) if others else f'{{"session":{text}}}\n'.encode("utf-8", "replace")
         write_file(path, data)
@@ -4393,7 +4394,7 @@ class PiInfo:
 SKIP_SIZE = 256 * 1024  # bytes per read while the rest of a line is skipped: looking for its end costs little
 READ_SIZE = 32 * 1024  # bytes per read; some 100 deltas, and within the processor's cache
 READ_TURN_S = 0.0005  # then the loop may serve others
-QUICK_S, REST_S = 0.004, 0.006  # a pipe that is read again so soon is left alone for a while: waking up costs ten deltas
+QUICK_S, REST_S = 0.003, 0.005  # a pipe that is read again so soon is left alone for a while: waking up costs ten deltas
 PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
 F_SETPIPE_SZ = 1031
 STDERR_TAIL = 4096  # bytes kept to explain a failure
@@ -4493,8 +4494,9 @@ class PiProcess:
         begin, more = time.monotonic(), True
         while more and time.monotonic() < begin + READ_TURN_S:
             more = self._read_into(items)
-        quick, self._read_at = items and begin - self._read_at < QUICK_S + REST_S * self._resting, begin
-        self._rest(bool(quick) and not more and self._stdout >= 0)
+        quick = len(items) > 1 if self._resting else bool(items) and begin - self._read_at < QUICK_S
+        self._read_at = begin
+        self._rest(quick and not more and self._stdout >= 0)
         if items:
             self.on_items(items)
 
@@ -5040,6 +5042,10 @@ class LiveSession:
         self.cwd: str = ""
         self.exit_code, self.exit_text, self.reason = 0, "", ""
         self.recorded = ("", 0)  # pi's file, and up to where it was searched for held turns
+        self.said: list[Json] = []  # deltas of the answer that is being written
+        self.heard: dict[str, int] = {}  # how many of them a device got whose socket is gone
+        self.finished: dict[str, tuple[int, Json]] = {}  # (seq, end) of calls whose results pi writes when all have ended
+        self.told: dict[str, int] = {}  # seq that a device was told when it connected; what comes after, it gets live
         self._delta: list[str] = []
         self._delta_kind = ""
         self._flushed = self._previewed = self.spoke = self.used = self._told = time.monotonic()
@@ -5220,7 +5226,29 @@ class LiveSession:
         if self._delta:
             text, self._delta = "".join(self._delta), []
             self._flushed = self.spoke = time.monotonic()
-            self.sessions.hub.publish({"type": self._delta_kind + "_delta", "delta": text, "sessionId": self.id})
+            message = {"type": self._delta_kind + "_delta", "delta": text, "sessionId": self.id}
+            self.said.append(message)
+            self.sessions.hub.publish(message)
+
+    def unwritten(self, principal: str, events: Sequence[bytes]) -> list[bytes]:
+        """Trace events of calls that ended before a device connected, but whose results pi has not written down yet."""
+        found: list[bytes] = []
+        for call, (seq, event) in self.finished.items():
+            mark = b'"toolCallId":' + encode(call)
+            if seq <= self.told.get(principal, seq) and not any(mark in e for e in events[-2 * len(self.finished) - 9 :]):
+                message = {**obj(event.get("result")), "toolCallId": call, "toolName": event.get("toolName")}
+                for shown in _result_events(call, {**message, "isError": event.get("isError")}):
+                    found.append(encode({**shown, "timestamp": iso_time(now_ms())}))
+        return found
+
+    def catch_up(self, client: Client) -> None:
+        """Say what was said of the unfinished answer since this device's last socket was lost."""
+        self.told[client.principal] = self.log.seq
+        box = Outbox()
+        for message in self.said[self.heard.get(client.principal, 0) :]:
+            box.push(message, 0)
+        for message in box.drain():
+            client.deliver(message)
 
     def _flush_when_due(self) -> None:
         if not self._delta:
@@ -5267,10 +5295,15 @@ class LiveSession:
             log("session", f"{self.id}: not JSON from pi: {event['line'][:80]}")
         elif not self._tripwire(event):
             before = self.BEFORE.get(kind)
+            if kind in ("message_start", "message_end") and obj(event.get("message")).get("role") == "assistant":
+                self.flush()
+                self.said, self.heard, self.finished = [], {}, {}
             if before:
                 before(self, event)
             for message in self.translator.messages(event):
                 self.emit(message)
+            if kind == "tool_execution_end":
+                self.finished[str(event.get("toolCallId"))] = self.log.seq, event
 
     def _on_agent_start(self, event: Json) -> None:
         self._cancel_timer("settle")
@@ -6157,12 +6190,15 @@ def risky_settings(cwd: str) -> bool:
         return True
 
 
+TRACE_BUFFER = 1024 * 1024  # bytes; each small read would let go of the interpreter, and the loop would lose the race for it
+
+
 def read_trace(files: Sequence[str], view: str, fast: bool = True) -> list[bytes]:
     """TraceEvents of session files as JSON.  Runs on a thread, and never has more than one entry in memory: a
     long session as objects is ten times its size, and collecting that garbage stops the loop."""
     outlines: list[Json] = []
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(open(path, "rb")) for path in files if os.path.isfile(path)]
+        opened = [stack.enter_context(open(path, "rb", TRACE_BUFFER)) for path in files if os.path.isfile(path)]
         for number, file in enumerate(opened):
             at = 0
             for line in file:
@@ -6598,6 +6634,10 @@ class Client:
     def lost(self) -> None:
         self.accepted = False
         self.api.server.hub.clients.discard(self)
+        for key, level in self.subscriptions.items():
+            live = self.api.server.sessions.active.get(key)
+            if live and level == "full":
+                live.heard[self.principal] = len(live.said)
 
 
 class Edge:
@@ -7058,6 +7098,8 @@ class Api:
         record = self.session(key, session_id)
         view = "full" if request.query.get("view") == "full" else "context"
         events = await self.server.sessions.trace(session_id, view)
+        if live := self.server.sessions.active.get(session_id):
+            events += live.unwritten(self.admit(request), events)
         events[:1] = [b'{"session":' + self.server.store.wire(record) + b',"trace":[' + b"".join(events[:1])]
         events[-1] += b"]}"
         return Reply(200, await asyncio.get_running_loop().run_in_executor(None, b",".join, events))
@@ -7227,10 +7269,13 @@ class Api:
             client.deliver({"type": "stream_connected", "userName": short_host()})
             client.ready.set()
         else:
-            if live := self.server.sessions.active.get(client.session_id):
+            live = self.server.sessions.active.get(client.session_id)
+            if live:
                 live.flush()
             client.deliver(self._connected(self.server.store.sessions[client.session_id]))
             client.subscriptions[client.session_id] = "full"  # from here on it misses nothing
+            if live:
+                live.catch_up(client)
             client.spawn(self._begin(client))
 
     def _connected(self, record: Json) -> Json:
@@ -7348,11 +7393,14 @@ class Api:
         waiting = [pending.wire for pending in self.server.approvals.pending.values() if pending.session.id == key]
         for message in [event for event in missed if level == "full" or event["type"] in NOTIFY] + waiting:
             client.deliver(message)
+        had = client.subscriptions.get(key) == "full"  # then it has got what was said
         client.subscriptions[key] = level
         if live and level == "full":
             self._subscribe(client, live)
         data = {"sessionId": key, "level": level, "currentSeq": current, "catchUpComplete": complete}
         client.deliver({**_result_of(body, data), "sessionId": key})
+        if live and level == "full" and not had:
+            live.catch_up(client)
 
     async def _on_unsubscribe(self, client: Client, body: Json) -> None:
         tag = {"sessionId": str(body.get("sessionId") or "")}

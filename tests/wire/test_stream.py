@@ -552,3 +552,32 @@ class TestDialogs:
         chat.phone.answer_dialog(asked["id"], chat.sid, value="late")
         assert chat.phone.wait("error")["error"] == f"UI request not found: {asked['id']}"
         assert "extension_ui_request" not in [f["type"] for f in both.join(chat.wid, chat.sid).phone.frames]
+
+
+class TestComingBack:
+    """What was said of an answer while a phone was away, before the answer is complete."""
+
+    @pytest.mark.parametrize("generation", ["1.0", "1.1"])
+    def test_in_the_middle_of_an_answer_nothing_of_it_is_missing(self, rig: Rig, generation: str) -> None:
+        chat = rig.chat(generation)
+        chat.say("!slow 20\n!text 100")
+        chat.phone.wait("text_delta")
+        chat.phone.drop()
+        before = chat.phone.text()
+        chat.phone.open() if generation == "1.1" else chat.phone.open_session(chat.wid, chat.sid)
+        start = len(chat.phone.frames) - 1
+        if generation == "1.1":
+            chat.phone.subscribe(chat.sid)
+        end = chat.phone.wait("message_end", role="assistant", since=start)
+        after = "".join(f["delta"] for f in chat.phone.frames[start:] if f["type"] == "text_delta")
+        assert end["content"].startswith(before)
+        assert end["content"].endswith(after)
+        assert len(before) + len(after) >= len(end["content"])  # what was under way to the lost socket may come again
+
+    def test_a_second_subscribe_repeats_nothing(self, rig: Rig) -> None:
+        chat = rig.chat()
+        chat.say("!slow 20\n!text 60")
+        chat.phone.wait("text_delta")
+        chat.phone.subscribe(chat.sid)
+        chat.settled()
+        assert chat.phone.text() == chat.answer_of()
