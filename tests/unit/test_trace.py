@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import oppi
 
-from .support import SESSION_FILES, VERSIONS, few, session_entries
+from .support import FIXTURES, SESSION_FILES, VERSIONS, few, session_entries
 
 TYPES = {"user", "assistant", "toolCall", "toolResult", "thinking", "system", "compaction"}
 
@@ -319,3 +319,16 @@ def test_an_attempt_that_was_followed_by_a_good_one_or_stopped_by_a_person_is_no
     stopped = attempt("e", "d", "This operation was aborted")
     entries = [asked("a", None), attempt("b", "a"), good, asked("d", "c"), stopped]
     assert [event["text"] for event in oppi.build_trace(entries, "full")] == ["a", "fine", "d"]
+
+
+@pytest.mark.parametrize(("version", "name"), SESSION_FILES)
+def test_an_outline_says_what_the_tree_needs_without_parsing_messages(version: str, name: str) -> None:
+    for line in (FIXTURES / f"pi-{version}" / "sessions" / f"{name}.jsonl").read_bytes().split(b"\n"):
+        entry, found = oppi.parse_entry(line), oppi.outline(line)
+        assert found == (entry and {key: entry[key] for key in oppi.OUTLINED if key in entry})
+
+
+def test_the_outline_of_a_broken_line() -> None:
+    assert oppi.outline(b'{"type":"label","id":') is None
+    broken = b'{"type":"message","id":"a","parentId":"b","message":{"ro'
+    assert oppi.outline(broken) == {"type": "message", "id": "a", "parentId": "b"}
