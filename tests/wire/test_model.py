@@ -810,7 +810,7 @@ class Model(RuleBasedStateMachine):
 
     def quieten(self) -> None:
         """Until no session is busy.  Whoever is asked declines."""
-        deadline = time.monotonic() + 2 * PATIENCE
+        begin = time.monotonic()
         while True:
             self.pump()
             pending = [item for item in self.world.control.pending() if item["sessionId"] in self.sids]
@@ -818,10 +818,10 @@ class Model(RuleBasedStateMachine):
             busy = [sid for sid in self.sids if statuses[sid] not in (*AT_REST, "starting")]
             waiting = [send.turn for send in self.sends.values() if self.unanswered(send)]
             if not (pending or busy or waiting):
-                waiting = self.under_way(statuses)
+                waiting = self.under_way(statuses, stopped=time.monotonic() < begin + 0.5)
                 if not waiting and statuses.items() <= self.statuses().items():
                     return
-            if time.monotonic() > deadline:
+            if time.monotonic() > begin + 2 * PATIENCE:
                 for turn in waiting:
                     self.note(turn.tag, "written:", self.world.writes(turn.text), "in history:", self.ran(turn))
                 raise Lost(f"not at rest: {statuses}, pending {pending}, waiting {waiting}")
@@ -844,11 +844,11 @@ class Model(RuleBasedStateMachine):
     def statuses(self) -> dict[str, str]:
         return {sid: session["status"] for sid, session in self.world.sessions().items() if sid in self.sids}
 
-    def under_way(self, statuses: dict[str, str]) -> list[Turn]:
+    def under_way(self, statuses: dict[str, str], *, stopped: bool) -> list[Turn]:
         """Turns that a pi that is alive was given and has not written down, though it is idle: it will begin at once.
 
         What came in the very moment when a run ended, or was queued behind one that failed, stays in pi's queue until
-        the next prompt, and is shown there.
+        the next prompt, and is shown there.  One that a person stopped may never begin, and counts only if `stopped`.
         """
         found: list[Turn] = []
         for sid in self.sids:
@@ -858,7 +858,7 @@ class Model(RuleBasedStateMachine):
                 given = [turn for turn in self.turns if turn.sid == sid and turn.pi == self.world.starts(sid)]
                 here = [turn for turn in given if turn.text in held]
                 queued = self.queued(sid) if here else []
-                found += [turn for turn in here if turn.text not in queued]
+                found += [turn for turn in here if turn.text not in queued and (stopped or not turn.droppable)]
         return found
 
     def queued(self, sid: str) -> list[str]:
