@@ -37,7 +37,7 @@ LONG = os.environ.get("OPPI_LONG") == "1"
 SEED = int(os.environ.get("OPPI_SEED", "20"))
 STEPS = 75  # of one example
 EXAMPLES = 150 if LONG else 15  # for each dialect of pi
-BUDGET = 900.0 if LONG else 100.0  # s for each dialect, after which a slow machine is let off
+BUDGET = 900.0 if LONG else 70.0  # s for each dialect, after which a slow machine is let off
 APPS = (("old 1", "1.0"), ("new 1", "1.1"), ("old 2", "1.0"), ("new 2", "1.1"))
 SESSIONS = 3  # at most, in one example
 AT_REST = ("ready", "stopped", "error")
