@@ -66,16 +66,15 @@ if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"]):
             _code_file.seek(0)
             os.set_inheritable(_code_file.fileno(), True)
             _code_runner = (
-                f"import sys; sys.path[:] = {sys.path!r}; import marshal, types; "
+                f"import gc, sys; gc.disable(); sys.path[:] = {sys.path!r}; import marshal, types; "
                 "oppi = sys.modules['oppi'] = types.ModuleType('oppi'); "
                 f"oppi.__file__ = {os.path.abspath(__file__)!r}; "
                 f"exec(marshal.loads(open({_code_file.fileno()}, 'rb').read()), vars(oppi)); oppi.run()"
             )
-            os.execv(sys.executable, [sys.executable, "-c", _code_runner, *sys.argv[1:]])
+            os.execv(sys.executable, [sys.executable, "-S", "-c", _code_runner, *sys.argv[1:]])
     except OSError:
         pass  # no room for a file: then it runs as it is
 
-import calendar
 import contextlib
 import functools
 import itertools
@@ -3369,6 +3368,8 @@ def iso_time(ms: int) -> str:
 
 def iso_ms(value: Any) -> int:
     """Milliseconds of an ISO time in UTC, 0 for anything else."""
+    import calendar
+
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{3}))?", str(value))
     parts = [int(part or 0) for part in match.groups()] if match else [1970, 1, 1, 0, 0, 0, 0]
     return calendar.timegm((*parts[:6], 0, 0, 0)) * 1000 + parts[6]
@@ -3650,6 +3651,7 @@ def mergeable(left: Json, right: Json) -> bool:
 # ═════════════════════════════════════════════════════════════════════════════════════════
 
 import fcntl  # noqa: E402
+import gc  # noqa: E402
 import os  # noqa: E402
 
 
@@ -7716,6 +7718,8 @@ class Server:
         self.note(host=host, port=port)
         self.sessions.port = port
         announce(self, port)
+        gc.freeze()  # modules stay as long as the process: nobody has to look through them for garbage again
+        gc.enable()
         background = [asyncio.ensure_future(self._watch()), asyncio.ensure_future(self._warm())]
         await stop.wait()
         for task in background:
@@ -8316,7 +8320,9 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
                     option("--port", "port to listen on, this time", type=int)),
     "pair": ("show the QR codes that pair a phone", cmd_pair, option("name", "name the phone shows", **WORD),
              option("--host", "address phones use"), option("--port", "port phones use", type=int),
-             option("--ttl", "seconds the app 1.1 code is valid", type=int, default=PAIRING_TTL_S)),
+             option("--ttl", "seconds the app 1.1 code is valid", type=int, default=PAIRING_TTL_S),
+             # the original printed the owner token then; invites here hold none
+             option("--show-token", "==SUPPRESS==", **FLAG)),
     "init": ("set up a data directory", cmd_init, option("--force", **FLAG), option("--yes --y", **FLAG),
              option("--port"), option("--model"), option("--max-sessions")),
     "status": ("show where the server is and who is paired", cmd_status),
@@ -8345,7 +8351,9 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(only: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands, or of the one that `only` names: making all takes longer than most of them run."""
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{self.prog}: {message}")
@@ -8360,6 +8368,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(commands=commands.choices, run=cmd_help, data_dir=None)
     for names, (text, run, *options) in COMMANDS.items():
         name, *aliases = names.split()
+        if only and only not in (name, *aliases):
+            continue
         how = {"help": text, "description": text, "aliases": aliases}
         sub = commands.add_parser(name, parents=[common], allow_abbrev=False, **how)
         sub.set_defaults(run=run)
@@ -8367,18 +8377,16 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("action", choices=tuple(filter(None, run)), nargs="?" if None in run else None)
         for flags, how in options:
             sub.add_argument(*flags, **how)
-    # the original printed the owner token then; invites here hold none
-    commands.choices["pair"].add_argument("--show-token", help=argparse.SUPPRESS, **FLAG)
     return parser
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Options and words in any order; what stands behind `--` is words."""
-    parser = build_parser()
-    commands = parser.get_default("commands")
-    at = next((at for at, word in enumerate(argv) if word in commands), None)
+    known = {name for names in COMMANDS for name in names.split()}
+    at = next((at for at, word in enumerate(argv) if word in known), None)
     if at is None:
-        return parser.parse_args(argv)
+        return build_parser().parse_args(argv)
+    commands = build_parser(argv[at]).get_default("commands")
     end = argv.index("--") if "--" in argv else len(argv)
     found: argparse.Namespace = commands[argv[at]].parse_intermixed_args([*argv[:at], *argv[at + 1 : end]])
     if argv[end + 1 :]:

@@ -29,7 +29,7 @@ def test_a_server_starts_over_before_anything_else_of_the_file_has_run(command: 
     with pytest.raises(SystemExit):
         runpy.run_path(FILE, run_name="__main__")
     ((program, argv, names),) = started
-    assert (program, argv[:2], argv[3:]) == (sys.executable, [sys.executable, "-c"], [command, "--port", "0"])
+    assert (program, argv[:3], argv[4:]) == (sys.executable, [sys.executable, "-S", "-c"], [command, "--port", "0"])
     assert not names & {"json", "re", "OppiError", "main"}
 
 
