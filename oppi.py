@@ -5539,7 +5539,7 @@ class LiveSession:
                 self.used = time.monotonic()
                 self.taken.clear()
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
-                self.pi.call({"type": turn.command, **turn.payload}, functools.partial(self._answered, item, slash))
+                self.pi.call(pi_turn(turn.command, turn.payload), functools.partial(self._answered, item, slash))
                 if not slash:
                     self._timers["deaf"] = asyncio.get_running_loop().call_later(DEAF_S, self._tell_deaf)
                 if not slash and not await asyncio.shield(item.done):
@@ -5599,7 +5599,7 @@ class LiveSession:
             items = [(kind, item) for kind, items in drafts for item in items]
             self.turns.requeue(before, items)
             for kind, item in items:
-                await self.pi.request({"type": kind, **item})
+                await self.pi.request(pi_turn(kind, item))
         return self.queue
 
     # stopping
@@ -5756,6 +5756,14 @@ def turn_payload(command: str, body: Json) -> Json:
             raise BadRequest("streamingBehavior must be steer or followUp")
         payload["streamingBehavior"] = behavior
     return payload
+
+
+def pi_turn(command: str, payload: Json) -> Json:
+    """The command pi gets for a turn.  What pi is told to queue when it has just become idle waits there for the next
+    prompt; a prompt that says how to queue it never waits.  But as a prompt `/name` would run an extension's command."""
+    if command == "prompt" or payload["message"].startswith("/"):
+        return {"type": command, **payload}
+    return {"type": "prompt", **payload, "streamingBehavior": "steer" if command == "steer" else "followUp"}
 
 
 def queue_drafts(body: Json, name: str) -> list[Json]:

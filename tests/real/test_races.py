@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .conftest import LONG, Chat, clone, eventually
 
 
@@ -60,6 +62,22 @@ def test_a_turn_can_be_stopped_after_two_prompts_at_once(chat: Chat) -> None:
     chat.phone.send("stop", sessionId=chat.sid)
     chat.wait("stop_confirmed")
     assert "w1500" not in chat.phone.text()
+
+
+@pytest.mark.parametrize("kind", ["steer", "follow_up"])
+def test_what_is_queued_just_as_the_run_ends_is_answered_or_refused(chat: Chat, kind: str) -> None:
+    """pi by itself would keep it until somebody sends another prompt."""
+    for number in range(4):
+        chat.phone.mark()
+        chat.ask(f"!say run {number}")
+        chat.wait("message_end", role="assistant", content=f"run {number}")
+        chat.phone.send(kind, sessionId=chat.sid, message=f"!say late {number}", requestId="late", clientTurnId=f"late{number}")
+        done = chat.wait("command_result", requestId="late")
+        if done["success"]:
+            chat.wait("message_end", role="assistant", content=f"late {number}")
+        else:
+            assert "requires an active streaming turn" in done["error"]
+        chat.ready()
 
 
 def test_a_prompt_right_after_a_stop_runs(chat: Chat) -> None:
