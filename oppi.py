@@ -7770,6 +7770,11 @@ class Server:
 
 DEFAULT_DIR = "~/.config/oppi"
 POPULAR = ("anthropic/claude-sonnet-4-0", "openai-codex/gpt-5.3-codex", "google/gemini-2.5-pro")
+APPS = {"1.1": "1.1 or newer", "1.0": "1.0"}
+QR_SCALE = 8  # pixels of a module
+# 2 × 3 modules in one character, for windows too low for half blocks; Unicode has four of these shapes elsewhere
+SEXTANTS = "".join({0: " ", 21: "▌", 42: "▐", 63: "█"}.get(n) or chr(0x1FAFF + n - (n > 21) - (n > 42)) for n in range(64))
+QR_STYLES = ((4, 1, 2, " ▀▄█"), (2, 2, 3, SEXTANTS))  # margin in modules; modules a character holds across, down; glyphs
 ARCHIVE = ""  # path of the archive this runs from, set by its bootstrap
 
 
@@ -7874,32 +7879,90 @@ def make_invites(store: Store, host: str, port: int, label: str, ttl_s: int) -> 
     return pairing_invite(invite), v2
 
 
-def qr_lines(text: str, color: bool) -> list[str]:
-    """A QR code for the terminal, two rows a line, always dark on light when colours are allowed."""
+def qr_code(text: str) -> Any:
+    """A QR code of bytes, as small as it can be."""
     import qrcode
     from qrcode.util import MODE_8BIT_BYTE, QRData
 
-    code: Any = qrcode.QRCode(error_correction=qrcode.constants.ERROR_CORRECT_L, border=4)
+    code: Any = qrcode.QRCode(error_correction=qrcode.constants.ERROR_CORRECT_L, border=0)
     code.add_data(QRData(text.encode(), mode=MODE_8BIT_BYTE))
     code.make(fit=True)
+    return code
+
+
+def framed(code: Any, margin: int, wide: int = 1, high: int = 1) -> list[list[bool]]:
+    """The modules of a code (True: dark) within a light margin, in multiples of `wide` across and `high` down."""
     rows = code.get_matrix()
-    rows.append([False] * len(rows[0]))
-    form = "\033[30;107m{}\033[0m" if color else "{}"
-    pairs = zip(rows[::2], rows[1::2])
-    return [form.format("".join(" ▀▄█"[up + 2 * down] for up, down in zip(*pair))) for pair in pairs]
+    across, down = (math.ceil((len(rows) + 2 * margin) / step) * step for step in (wide, high))
+    framed = [[False] * margin + row + [False] * (across - margin - len(row)) for row in rows]
+    light = [False] * across
+    return [light] * margin + framed + [light] * (down - margin - len(rows))
 
 
-def invite_lines(invite: Json, title: str, seconds: int) -> Iterator[str]:
-    """A QR code with what it is for."""
-    terminal = at_terminal(sys.stdout)
-    lines = qr_lines(dumps(invite), terminal and "NO_COLOR" not in os.environ)
-    room = shutil.get_terminal_size((0, 0)).columns if terminal else 0
-    yield f"\n  {title}: scan within {seconds} seconds, works once\n"
-    if room and len(re.sub(r"\033\[[0-9;]*m", "", lines[0])) + 2 > room:
-        yield f"  (the terminal is too narrow for this code: it needs {len(lines[0])} columns)"
-    else:
-        yield from ("  " + line for line in lines)
-    yield f"\n  {invite_link(invite)}"
+def qr_lines(code: Any, columns: int = 0, lines: int = 0) -> list[str]:
+    """A code in the largest characters with which it fits a window (0: of any size); [] if none do."""
+    for margin, wide, high, glyphs in QR_STYLES:
+        rows = framed(code, margin, wide, high)
+        text = []
+        for top in range(0, len(rows), high):
+            lefts = range(0, len(rows[0]), wide)
+            cells = [[on for row in rows[top : top + high] for on in row[left : left + wide]] for left in lefts]
+            text.append("".join(glyphs[sum(on << bit for bit, on in enumerate(cell))] for cell in cells))
+        if (not columns or len(text[0]) + 2 <= columns) and (not lines or len(text) + 3 <= lines):
+            return text
+    return []
+
+
+def qr_png(code: Any) -> bytes:
+    """A code as a picture that is large enough to be scanned from a screen."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = framed(code, 4)
+    side, grey = len(rows) * QR_SCALE, b"".join(
+        (b"\0" + b"".join((b"\xff", b"\0")[dark] * QR_SCALE for dark in row)) * QR_SCALE for row in rows
+    )  # fmt: skip
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(grey, 9)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+
+
+def qr_svg(code: Any) -> bytes:
+    from qrcode.image.svg import SvgPathFillImage
+
+    code.border = 4
+    return bytes(code.make_image(image_factory=SvgPathFillImage).to_string(encoding="utf-8"))
+
+
+def open_picture(png: bytes, seconds: int) -> None:
+    """Show a picture until Enter is pressed or its code is no longer valid; then nothing is left of it."""
+    import select
+    import tempfile
+
+    opener = "open" if sys.platform == "darwin" else "xdg-open"
+    if not shutil.which(opener):
+        raise UsageError(f"{opener} is not installed; write the picture to a file instead: oppi pair --png FILE")
+    with tempfile.TemporaryDirectory(prefix="oppi-") as folder:
+        path = os.path.join(folder, "pair.png")
+        write_file(path, png)
+        if subprocess.run([opener, path], stdin=subprocess.DEVNULL, check=False).returncode:
+            raise UsageError(f"{opener} could not show the picture; write it to a file instead: oppi pair --png FILE")
+        print(f"  Scan the picture within {seconds} seconds, then press Enter", flush=True)
+        select.select([sys.stdin], [], [], seconds)
+
+
+def invite_lines(app: str, invite: Json, seconds: int, room: tuple[int, int]) -> list[str]:
+    """A QR code for a window of `room` columns and lines, and what it is for."""
+    code = qr_code(dumps(invite))
+    lines = qr_lines(code, *room)
+    form = "  \033[30;107m{}\033[0m" if at_terminal(sys.stdout) and "NO_COLOR" not in os.environ else "  {}"
+    whole_size = qr_lines(code)
+    wish = f"  This window is too small for the code: it needs {len(whole_size[0]) + 2} columns and {len(whole_size) + 3} lines."
+    shown = [form.format(line) for line in lines] or [wish, f"  Or see it as a picture: oppi pair --app {app} --open"]
+    return [f"  Oppi app {APPS[app]}: scan within {seconds} seconds, works once", *shown]
 
 
 def cmd_pair(store: Store, args: argparse.Namespace) -> int:
@@ -7913,12 +7976,31 @@ def cmd_pair(store: Store, args: argparse.Namespace) -> int:
         raise UsageError(f"An invite needs a port from 1 to 65535 and a ttl of at least 1 second; {advice}")
     label = host if re.fullmatch(r"[\d.]+|.*:.*", host) else host.split(".")[0]
     v3, v2 = make_invites(store, host, port, (args.name or "").strip() or label, args.ttl)
+    lives = {"1.1": (v3, args.ttl), "1.0": (v2, settings["invite.maxAgeSeconds"])}
+    if args.app:
+        lives = {args.app: lives[args.app]}
     facts = {name: v3[name] for name in ("host", "port", "scheme", "name", "pairingToken", "fingerprint")}
     facts.update(inviteURL=invite_link(v3), inviteURLv2=invite_link(v2))
-    head = [f"  Pair with {v3['name']} at {host}:{port} ({kind})", f"  Fingerprint {v3['fingerprint']}"]
-    new = invite_lines(v3, "Oppi app 1.1 or newer", args.ttl)
-    old = invite_lines(v2, "Oppi app 1.0", settings["invite.maxAgeSeconds"])
-    return show(args, facts, itertools.chain(head, new, old))
+    head = [f"  Pair with {v3['name']} at {host}:{port} ({kind})", f"  Fingerprint {v3['fingerprint']}", ""]
+    invite, seconds = next(iter(lives.values()))
+    for path, picture in ((args.png, qr_png), (args.svg, qr_svg)):
+        if path:
+            write_file(path, picture(qr_code(dumps(invite))))
+            head.append(f"  {path}: the code as a picture; whoever has it can pair")
+    if args.open:
+        open_picture(qr_png(qr_code(dumps(invite))), seconds)
+    pictures = args.png or args.svg or args.open
+    return show(args, facts, head if pictures else [*head, *pair_lines(lives)])
+
+
+def pair_lines(lives: dict[str, tuple[Json, int]]) -> list[str]:
+    """The codes of invites with the seconds they live; in a window that is too low for all of it, what fits of it."""
+    room = shutil.get_terminal_size((0, 0)) if at_terminal(sys.stdout) else (0, 0)
+    blocks = [[*invite_lines(app, invite, s, room), "", f"  {invite_link(invite)}", ""] for app, (invite, s) in lives.items()]
+    if not room[1] or sum(map(len, blocks)) + 12 <= room[1] or not room[0]:  # the links fill several lines
+        return list(itertools.chain(*blocks))
+    more = ["App 1.0: oppi pair --app 1.0"] if len(lives) > 1 else []
+    return [*blocks[0][:-3], "  " + "   ".join([*more, "As a picture: oppi pair --open"])]
 
 
 def cmd_token(store: Store, args: argparse.Namespace) -> int:
@@ -8148,7 +8230,7 @@ def cmd_init(store: Store, args: argparse.Namespace) -> int:
     for name, question in zip(given, ("Port", "Default model", "Max concurrent sessions")):
         answer, key = given[name] or str(settings[name]), KEY_BY_PATH[name]
         if talk and name == "defaultModel":
-            print(f"  Popular models: {', '.join(POPULAR)}", file=sys.stderr)
+            print("\n    ".join(("  Popular models:", *POPULAR)), file=sys.stderr)
         values[name] = answer = ask_line(question, answer) if talk else answer
         if key.kind == "int":  # as the original reads them: "7749x" is 7749, what is no number the default
             digits = re.match(r"\s*(\d+)", answer)
@@ -8329,6 +8411,9 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "pair": ("show the QR codes that pair a phone", cmd_pair, option("name", "name the phone shows", **WORD),
              option("--host", "address phones use"), option("--port", "port phones use", type=int),
              option("--ttl", "seconds the app 1.1 code is valid", type=int, default=PAIRING_TTL_S),
+             option("--app", "only the code of this app", choices=tuple(APPS)),
+             option("--png", "write the code as a picture", metavar="FILE"), option("--svg", metavar="FILE"),
+             option("--open", "show the code as a picture", **FLAG),
              # the original printed the owner token then; invites here hold none
              option("--show-token", "==SUPPRESS==", **FLAG)),
     "init": ("set up a data directory", cmd_init, option("--force", **FLAG), option("--yes --y", **FLAG),

@@ -678,14 +678,14 @@ class TestPair:
     def test_a_terminal_shows_dark_on_light(self, oppi: Shell) -> None:
         with terminal(oppi, "pair", "--host", "h.local", COLUMNS="200") as shown:
             code, text = shown.ends()
-        assert code == 0 and "\033[30;107m" in text and "too narrow" not in text
+        assert code == 0 and "\033[30;107m" in text and "too small" not in text
         with terminal(oppi, "pair", "--host", "h.local", COLUMNS="200", NO_COLOR="1") as shown:
             assert "\033" not in shown.ends()[1]
 
     def test_a_narrow_terminal_is_told_how_wide_it_must_be(self, oppi: Shell) -> None:
-        with terminal(oppi, "pair", "--host", "h.local", COLUMNS="40", NO_COLOR="1") as shown:
+        with terminal(oppi, "pair", "--host", "h.local", COLUMNS="20", NO_COLOR="1") as shown:
             code, text = shown.ends()
-        assert code == 0 and text.count("too narrow") == 2 and "█▀" not in text
+        assert code == 0 and text.count("too small") == 2 and "█▀" not in text
         assert "connect?v=3" in text and "connect?v=2" in text
 
     def test_it_counts_at_once_and_needs_no_server(self, oppi: Shell) -> None:
