@@ -7776,6 +7776,7 @@ QR_SCALE = 8  # pixels of a module
 SEXTANTS = "".join({0: " ", 21: "▌", 42: "▐", 63: "█"}.get(n) or chr(0x1FAFF + n - (n > 21) - (n > 42)) for n in range(64))
 QR_STYLES = ((4, 1, 2, " ▀▄█"), (2, 2, 3, SEXTANTS))  # margin in modules; modules a character holds across, down; glyphs
 ARCHIVE = ""  # path of the archive this runs from, set by its bootstrap
+UNPACKED = ""  # the folder it is unpacked in, set likewise
 
 
 def show(args: argparse.Namespace, facts: Any, lines: Iterable[str] | None = None, code: int = 0) -> int:
@@ -8392,8 +8393,111 @@ def cmd_help(store: Store, args: argparse.Namespace) -> int:
 
 
 def cmd_version(store: Store, args: argparse.Namespace) -> int:
-    facts = {"version": __version__, "python": sys.version.split()[0], "archive": ARCHIVE or None}
+    facts: Json = {"version": __version__, "python": sys.version.split()[0], "archive": ARCHIVE or None}
+    if args.json:  # asking pi takes a second
+        manifest, pi = recorded()[0], PiInfo(lambda: host_environment(store.settings(), store.root))
+        wheels = {wheel["file"]: wheel["sha256"] for wheel in arr(manifest.get("wheels"))}
+        version = ".".join(map(str, asyncio.run(pi.known_version()))) or None
+        facts.update(build=manifest.get("build"), wheels=wheels, pi=version, oppi=sha256(source()))
     return show(args, facts, [f"oppi {__version__}"])
+
+
+def sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def source() -> bytes:
+    """This file as it runs, also from inside an archive."""
+    return bytes(globals()["__loader__"].get_data(__file__))
+
+
+def cmd_source(store: Store, args: argparse.Namespace) -> int:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(source())
+    return 0
+
+
+def recorded() -> tuple[Json, dict[str, bytes]]:
+    """What the archive says of itself, and the files in it; empty without an archive.  Raises UsageError if it is damaged."""
+    import zipfile
+    import zlib
+
+    if not ARCHIVE:
+        return {}, {}
+    try:
+        with zipfile.ZipFile(ARCHIVE) as pack:
+            files = {name: pack.read(name) for name in pack.namelist()}
+        return obj(parse_json(files["manifest.json"])), files
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError) as error:
+        raise UsageError(f"{ARCHIVE} is damaged; download or build it again ({error})") from None
+
+
+def archive_problems(manifest: Json, files: dict[str, bytes]) -> Iterator[str]:
+    """What of the archive is not as recorded.  The build id covers the list of hashes and the code that starts oppi."""
+    listed, build = obj(manifest.get("files")), str(manifest.get("build"))
+    yield from (f"{name} is not in the archive" for name in listed if name not in files)
+    for name, data in files.items():
+        if name not in ("manifest.json", "__main__.py") and sha256(data) != listed.get(name):
+            yield f"{name} in the archive is {'changed' if name in listed else 'not listed'}"
+    main = files.get("__main__.py", b"").decode("utf-8", "replace").replace(repr(build), "''", 1)
+    if sha256((main + json.dumps(listed)).encode()) != build:
+        yield "the archive has another build id than it says"
+
+
+def unpacked_problems(listed: Json, folder: str) -> Iterator[str]:
+    """What of the unpacked files is not as recorded.  Several releases of a package may be listed: any of them is good."""
+    import marshal
+
+    good: dict[str, set[str]] = {}
+    for name, digest in listed.items():
+        good.setdefault(name.split("/", 2)[-1], set()).add(digest)
+    for path, _, names in os.walk(folder):
+        for name in names:
+            full = os.path.join(path, name)
+            data, place = read_file(full), os.path.relpath(full, folder).replace("native/", "", 1)
+            if os.path.basename(path) == "__pycache__":  # Python has made it of the source beside it
+                origin = os.path.join(os.path.dirname(path), name.split(".")[0] + ".py")
+                with contextlib.suppress(Exception):
+                    if marshal.loads(data[16:]) == compile(read_file(origin), origin, "exec", dont_inherit=True):
+                        continue
+                yield f"{full} is not what its source compiles to; delete {folder}"
+            elif sha256(data) not in good.get(place, ()):
+                yield f"{full} is {'changed' if place in good else 'not listed'}; delete {folder}"
+
+
+def cmd_verify(store: Store, args: argparse.Namespace) -> int:
+    """Compare with the hashes recorded when the archive was built, and print them to be compared elsewhere."""
+    manifest, files = recorded()
+    listed, code = obj(manifest.get("files")), sha256(source())
+    problems = list(archive_problems(manifest, files)) if ARCHIVE else []
+    if UNPACKED:
+        problems += unpacked_problems(listed, UNPACKED)
+    if ARCHIVE and code != listed.get("oppi.py"):
+        problems.append("the oppi.py that runs is not the one of the archive")
+    hashes = {**({ARCHIVE: sha256(read_file(ARCHIVE))} if ARCHIVE else {}), "oppi.py": code}
+    hashes.update({wheel["file"]: wheel["sha256"] for wheel in arr(manifest.get("wheels"))})
+    facts = {"valid": not problems, "build": manifest.get("build"), "hashes": hashes, "problems": problems}
+    end = f"{len(files)} files of the archive are as recorded" if ARCHIVE else "not an archive: nothing to compare with"
+    lines = [f"{digest}  {name}" for name, digest in hashes.items()]
+    lines += [f"build {manifest['build']}"] if ARCHIVE else []
+    return show(args, facts, [*lines, *([f"✗ {problem}" for problem in problems] or [f"✓ {end}"])], code=bool(problems))
+
+
+def cmd_completion(store: Store, args: argparse.Namespace) -> int:
+    """For bash; zsh reads the same with its own `bashcompinit`."""
+    cases, everything = [], " ".join(COMMANDS)
+    for names, (_, run, *options) in COMMANDS.items():
+        flags = [flag for found, _ in options for flag in found if flag.startswith("--")]
+        words = [*(filter(None, run) if isinstance(run, dict) else ()), *flags, "--data-dir", "--json", "--help"]
+        cases.append(f"    {names.replace(' ', '|')}) words='{' '.join(words)}' ;;")
+    print("if [ -n \"${ZSH_VERSION-}\" ]; then autoload -U +X bashcompinit && bashcompinit; fi\n_oppi() {\n  local words")
+    print("  case \"${COMP_WORDS[1]}\" in", *cases, f"    *) words='{everything}' ;;\n  esac", sep="\n")
+    print(f"  [ \"$COMP_CWORD\" -gt 1 ] || words='{everything}'")
+    print("  COMPREPLY=($(compgen -W \"$words\" -- \"${COMP_WORDS[COMP_CWORD]}\"))\n}")
+    print("complete -o default -F _oppi oppi oppi.pyz")
+    return 0
 
 
 def option(flags: str, text: str | None = None, **how: Any) -> tuple[list[str], Json]:
@@ -8412,35 +8516,43 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
              option("--host", "address phones use"), option("--port", "port phones use", type=int),
              option("--ttl", "seconds the app 1.1 code is valid", type=int, default=PAIRING_TTL_S),
              option("--app", "only the code of this app", choices=tuple(APPS)),
-             option("--png", "write the code as a picture", metavar="FILE"), option("--svg", metavar="FILE"),
+             option("--png", "write the code as a picture", metavar="FILE"),
+             option("--svg", "the same as a drawing", metavar="FILE"),
              option("--open", "show the code as a picture", **FLAG),
              # the original printed the owner token then; invites here hold none
              option("--show-token", "==SUPPRESS==", **FLAG)),
-    "init": ("set up a data directory", cmd_init, option("--force", **FLAG), option("--yes --y", **FLAG),
-             option("--port"), option("--model"), option("--max-sessions")),
+    "init": ("set up a data directory", cmd_init, option("--force", "also if there is one", **FLAG),
+             option("--yes --y", "ask nothing", **FLAG), option("--port", "port to listen on"),
+             option("--model", "default model"), option("--max-sessions", "sessions at once", metavar="N")),
     "status": ("show where the server is and who is paired", cmd_status),
     "devices": ("list devices, add one for a script, revoke one",
                 {None: list_devices, "list": list_devices, "add": add_device, "revoke": revoke_device},
-                option("name", **WORD)),
+                option("name", "name, or id for revoke", **WORD)),
     "token": ("replace the owner token and end every client", {"rotate": cmd_token},
               option("--keep-devices", "devices keep their tokens", **FLAG)),
     "config": ("show or change settings", {None: config_show, "show": config_show, "get": config_get,
                                            "set": config_set, "validate": config_validate},
-               option("key", **WORD), option("value", **WORD), option("--default", **FLAG),
-               option("--config-file", metavar="FILE")),
-    "env": ("capture PATH for pi, or show it", cmd_env, option("action", **WORD)),
+               option("key", **WORD), option("value", **WORD), option("--default", "show the defaults instead", **FLAG),
+               option("--config-file", "validate this file instead", metavar="FILE")),
+    "env": ("capture PATH for pi, or show it", cmd_env, option("action", metavar="init|show", **WORD)),
     "policy": ("explain what would be asked, allowed or denied; list and change stored rules",
                {"check": policy_check, "rules": list_rules, "edit": policy_edit, "remove": policy_edit},
-               option("words", nargs="*", metavar="COMMAND or ID"), option("--decision", choices=ACTIONS),
-               option("--label"), option("--pattern"), option("--executable"),
-               option("--preset", default="host", choices=(*PRESETS, "default")), option("--tool", default="bash"),
-               option("--input", "the tool's arguments", metavar="JSON"), option("--cwd", metavar="DIR"),
-               option("--cases", "JSON lines of cases with an expected verdict", metavar="FILE")),
+               option("words", nargs="*", metavar="COMMAND or ID"), option("--label", "edit: its name"),
+               option("--decision", "edit: what the rule says", choices=ACTIONS), option("--pattern", "edit: what it matches"),
+               option("--executable", "edit: the program it is about"),
+               option("--preset", "check: by these rules", default="host", choices=(*PRESETS, "default")),
+               option("--tool", "check: a call of this tool", default="bash"),
+               option("--input", "check: the tool's arguments", metavar="JSON"),
+               option("--cwd", "check: as if in this folder", metavar="DIR"),
+               option("--cases", "check: JSON lines of cases with an expected verdict", metavar="FILE")),
     "audit": ("show what was decided, or check that no line of it was changed",
               {None: audit_show, "show": audit_show, "verify": audit_verify},
-              option("--limit", type=int, default=50)),
+              option("--limit", "newest lines to show", type=int, default=50)),
     "help": ("show this", cmd_help),
     "version": ("show versions", cmd_version),
+    "verify": ("check this archive and what was unpacked of it; print the hashes", cmd_verify),
+    "completion": ("print what makes bash or zsh complete these commands", cmd_completion),
+    "source": ("print the oppi.py that runs", cmd_source),
 }  # fmt: skip
 
 

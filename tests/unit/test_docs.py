@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from tests.support import cli_doc
+
 from .support import ROOT
 
 PROMISES = re.findall(r"`([\w/]+\.py)::([\w:]+)`", (ROOT / "docs" / "security.md").read_text("utf-8"))
@@ -37,3 +39,12 @@ def test_every_row_makes_a_promise_that_is_tested() -> None:
 def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", (ROOT / document).read_text("utf-8")):
         assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_the_command_line_is_documented_as_it_is() -> None:
+    """Made anew with: python3 -m tests.support.cli_doc"""
+    assert cli_doc.FILE.read_text("utf-8") == cli_doc.text()
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    assert not [line for line in cli_doc.text().splitlines() if line.startswith("| `") and line.endswith("|  |")]

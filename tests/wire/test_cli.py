@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 
 from tests.support.phone import Phone, bootstrap_10, bootstrap_11, parse_invite_v2, parse_invite_v3
-from tests.support.server import Server, default_program
+from tests.support.server import ROOT, Server, default_program
 
 from .rig import eventually
 
@@ -640,6 +641,40 @@ class TestServe:
             server.links()
             assert server.ends(signal.SIGTERM) == 0
         assert oppi.server.wait_no_orphans() == []
+
+
+class TestWhatRuns:
+    def test_source_is_the_file_itself(self, oppi: Shell) -> None:
+        assert oppi("source").encode() == (ROOT / "oppi.py").read_bytes()
+
+    def test_without_an_archive_there_is_a_hash_to_compare(self, oppi: Shell) -> None:
+        digest = hashlib.sha256((ROOT / "oppi.py").read_bytes()).hexdigest()
+        assert f"{digest}  oppi.py" in oppi("verify") and "not an archive" in oppi("verify")
+        facts = oppi.facts("verify")
+        assert (facts["valid"], facts["hashes"], facts["problems"]) == (True, {"oppi.py": digest}, [])
+
+    def test_version_names_what_matters(self, oppi: Shell, tmp_path: Path) -> None:
+        pi = tmp_path / "pi"
+        pi.write_text("#!/bin/sh\necho 0.87.1\n")
+        pi.chmod(0o755)
+        facts = oppi.facts("version", env={"PATH": f"{tmp_path}:{oppi.server.env['PATH']}"})
+        assert (facts["pi"], facts["build"], facts["archive"], facts["wheels"]) == ("0.87.1", None, None, {})
+        assert facts["oppi"] == oppi.facts("verify")["hashes"]["oppi.py"]
+
+    @pytest.mark.parametrize(
+        ("typed", "found"),
+        [
+            ("oppi st", "start status"),
+            ("oppi pair --p", "--png --port"),
+            ("oppi config va", "validate"),
+            ("oppi start --h", "--help --host"),
+        ],
+    )
+    def test_a_shell_completes_commands_and_options(self, oppi: Shell, typed: str, found: str) -> None:
+        words = typed.split()
+        script = f"{oppi('completion')}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _oppi; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+        assert sorted(done.stdout.split()) == sorted(found.split())
 
 
 def oppi_port(text: str) -> int:
