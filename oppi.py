@@ -44,7 +44,7 @@ runs as the same user outside the gate is not defended against.
 
 Map: 1 errors and small tools, 2 settings, 3 identity, 4 shell grammar, 5 policy, 6 pi protocol,
 7 trace, 8 stream | I/O starts here | 10 store, 11 skills, 12 host environment, 13 pi process,
-14 sessions, 16 edge, 17 API, 18 server, 20 command line.
+14 sessions, 16 edge, 17 API, 18 server, 19 terminal phone, 20 command line.
 """
 
 from __future__ import annotations
@@ -7762,6 +7762,385 @@ class Server:
         await asyncio.get_running_loop().run_in_executor(None, self.store.close)
 
 
+# ═══════════════════════════════════ 19. Terminal phone ══════════════════════════════════
+# `chat` is a phone in the terminal: it pairs with an invite of its own, talks to the server as app 1.1 does, and is
+# revoked when it ends.  Lines are typed as the terminal edits them; only a question of the gate is answered by one key.
+# `demo` plays a turn with it: a server in a folder of its own, and a scripted agent in place of pi.
+
+CHAT_HELP = "  Type a message.  /stop or Ctrl+C ends the turn, /quit leaves; the session goes on."
+
+
+def shown(text: str) -> str:
+    """Text of others for this terminal: what could move the cursor is made visible, lines stay lines."""
+    return "\n".join(visible(line) for line in text.replace("\t", "    ").split("\n"))
+
+
+class TerminalPhone:
+    """One session in a terminal.  `play` is a message to send at once; then it leaves when that turn is over."""
+
+    def __init__(self, host: str, port: int, token: str, play: str = "", yes: bool = False) -> None:
+        self.host, self.port, self.token, self.play, self.yes = host, port, token, play, yes
+        self.session_id, self.path, self.typed, self.line_open = "", "", b"", False
+        self.questions: dict[str, Json] = {}
+        self.busy = self.leaving = False
+        self.socket: Any = None
+        self.keys: Any = None  # how the terminal was before keys were read one by one
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def call(self, method: str, path: str, body: Json | None = None) -> Json:
+        """One request.  Raises UsageError with what the server says."""
+        import http.client
+
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, None if body is None else encode(body), headers if self.token else {})
+            response = connection.getresponse()
+            answer = obj(parse_json(response.read()))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UsageError(f"The server on {self.host}:{self.port} does not answer: {error}") from None
+        finally:
+            connection.close()
+        if response.status >= 400:
+            raise UsageError(str(answer.get("error") or f"HTTP {response.status}"))
+        return answer
+
+    def open(self, wanted: str) -> None:
+        """Choose the session (by id or its beginning; else the latest, else a new one) and start it."""
+        sessions = [obj(s) for s in arr(self.call("GET", "/sessions").get("sessions"))]
+        sessions.sort(key=lambda s: whole(s.get("lastActivity")))
+        found = [s for s in sessions if str(s["id"]).startswith(wanted)][-1:]
+        if wanted and not found:
+            raise UsageError(f"No session {wanted}")
+        session = found[0] if found else self._new()
+        self.path = f"/workspaces/{session['workspaceId']}/sessions/{session['id']}"
+        self.session_id = str(session["id"])
+        if session.get("status") in ("stopped", "error"):
+            self.call("POST", f"{self.path}/resume", {})
+        print(f"  Session {self.session_id}: {shown(str(session.get('name') or session.get('workspaceName') or ''))}")
+
+    def _new(self) -> Json:
+        """A session in the workspace of the current folder, or in the first one."""
+        workspaces = [obj(w) for w in arr(self.call("GET", "/workspaces").get("workspaces"))]
+        here = [w for w in workspaces if w.get("hostMount") and inside(os.getcwd(), os.path.expanduser(str(w["hostMount"])))]
+        for workspace in (*here, *workspaces):
+            return obj(self.call("POST", f"/workspaces/{workspace['id']}/sessions", {}).get("session"))
+        raise UsageError("There is no workspace yet; make one in the app")
+
+    def _past(self, event: Json) -> None:
+        text = shown(str(event.get("text") or event.get("output") or ""))
+        if event.get("type") == "user":
+            self.say(f"> {text}")
+        elif event.get("type") == "toolCall":
+            self.say(f"▸ {shown(str(event.get('tool')))} {shown(dumps(event.get('args')))}")
+        elif event.get("type") in ("assistant", "system"):
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Something on lines of its own."""
+        print(("\n" if self.line_open else "") + text, flush=True)
+        self.line_open = False
+
+    def write(self, text: str) -> None:
+        """Text that goes on where the last ended."""
+        print(text, end="", flush=True)
+        self.line_open = not text.endswith("\n")
+
+    def send(self, kind: str, **fields: Any) -> None:
+        task = asyncio.ensure_future(self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def run(self) -> None:
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import ConnectionClosed
+
+        loop = asyncio.get_running_loop()
+        headers = {"Authorization": f"Bearer {self.token}"}
+        async with connect(
+            f"ws://{self.host}:{self.port}/stream", additional_headers=headers, max_size=None, proxy=None
+        ) as self.socket:
+            self.send("subscribe", level="full", requestId="subscribe")
+            loop.add_signal_handler(signal.SIGINT, self.interrupted)
+            if self.play and at_terminal(sys.stdin):
+                loop.add_reader(0, self.read)
+            try:
+                async for text in self.socket:
+                    self.frame(obj(parse_json(text)))
+                    if self.leaving and not self.busy:
+                        return
+            except ConnectionClosed as error:
+                raise UsageError(f"The server has closed the connection: {error}") from None
+            finally:
+                loop.remove_reader(0)
+                self.one_key(False)
+
+    def interrupted(self) -> None:
+        """Ctrl+C: end the turn, or leave."""
+        if self.busy:
+            self.send("stop")
+        else:
+            self.leave()
+
+    def leave(self) -> None:
+        self.leaving = True
+        if not self.busy:
+            asyncio.ensure_future(self.socket.close())
+
+    def one_key(self, on: bool) -> None:
+        """Read single keys, or lines again."""
+        import termios
+        import tty
+
+        if on and self.keys is None and at_terminal(sys.stdin):
+            self.keys = termios.tcgetattr(0)
+            tty.setcbreak(0)
+        elif not on and self.keys is not None:
+            termios.tcsetattr(0, termios.TCSADRAIN, self.keys)
+            self.keys = None
+
+    def read(self) -> None:
+        """Something was typed."""
+        data = os.read(0, 65536)
+        if not data:
+            asyncio.get_running_loop().remove_reader(0)
+            self.leave()
+        elif self.questions and self.keys is not None:
+            action = {b"y": "allow", b"n": "deny"}.get(data[:1].lower())
+            if action:
+                self.answer(action)
+        else:
+            *lines, self.typed = (self.typed + data).split(b"\n")
+            for line in lines:
+                self.command(line.decode("utf-8", "replace").strip())
+
+    def command(self, line: str) -> None:
+        if line in ("/quit", "/exit"):
+            self.leave()
+        elif line == "/stop":
+            self.send("stop")
+        elif line:
+            self.prompt(line)
+
+    def prompt(self, text: str) -> None:
+        self.send("steer" if self.busy else "prompt", message=text, requestId=new_id(), clientTurnId=new_id(16))
+        self.busy = True
+
+    def answer(self, action: str) -> None:
+        """Answer the oldest question, and show the next."""
+        key = next(iter(self.questions))
+        del self.questions[key]
+        self.one_key(False)
+        self.say(f"  {'Allowed once' if action == 'allow' else 'Denied'}")
+        self.send("permission_response", id=key, action=action, scope="once")
+        self.ask()
+
+    def ask(self) -> None:
+        """Show the oldest question in full; without a terminal the answer is no, unless it was given beforehand."""
+        for question in list(self.questions.values())[:1]:
+            call = obj(question.get("input"))
+            whole_call = str(call["command"]) if set(call) == {"command"} else json.dumps(call, indent=2, ensure_ascii=False)
+            self.say(f"? {shown(str(question.get('tool')))}  ({question.get('risk')} risk) {shown(str(question.get('reason')))}")
+            self.say("    " + shown(whole_call).replace("\n", "\n    "))
+            if self.yes or not at_terminal(sys.stdin):
+                self.answer("allow" if self.yes else "deny")
+            else:
+                self.say("  y allow once   n deny")
+                self.one_key(True)
+
+    def frame(self, message: Json) -> None:
+        """Show one message of the server."""
+        act = self.FRAMES.get(str(message.get("type")))
+        if act and message.get("sessionId", self.session_id) == self.session_id:
+            act(self, message)
+
+    def _result(self, message: Json) -> None:
+        if message.get("success") is False:
+            self.say(f"✗ {shown(str(message.get('error')))}")
+            self.busy = False
+        elif message.get("requestId") == "subscribe":
+            self._joined()
+
+    def _joined(self) -> None:
+        """From here on everything arrives; what was before is read."""
+        for event in arr(self.call("GET", f"{self.path}?view=context").get("trace"))[-12:]:
+            self._past(obj(event))
+        if self.play:
+            self.say(f"> {self.play}")
+            self.prompt(self.play)
+        else:
+            self.say(CHAT_HELP)
+            asyncio.get_running_loop().add_reader(0, self.read)
+
+    def _question(self, message: Json) -> None:
+        self.questions[str(message.get("id"))] = message
+        if len(self.questions) == 1:
+            self.ask()
+
+    def _settled(self, message: Json) -> None:
+        if self.questions.pop(str(message.get("id")), None):
+            self.one_key(False)
+            self.say("  (answered elsewhere, or too late)")
+            self.ask()
+
+    def _begun(self, message: Json) -> None:
+        self.busy = True
+
+    def _state(self, message: Json) -> None:
+        self.busy = self.busy or obj(message.get("session")).get("status") == "busy"
+
+    def _over(self, message: Json) -> None:
+        self.busy = False
+        self.leaving = self.leaving or bool(self.play)
+        self.say("")
+
+    FRAMES: dict[str, Callable[[TerminalPhone, Json], None]] = {
+        "command_result": _result, "permission_request": _question, "permission_expired": _settled,
+        "permission_cancelled": _settled, "agent_start": _begun, "agent_end": _over,
+        "connected": _state, "state": _state,
+        "text_delta": lambda self, m: self.write(shown(str(m.get("delta")))),
+        "tool_start": lambda self, m: self.say(f"▸ {shown(str(m.get('tool')))} {shown(dumps(m.get('args')))}"),
+        "tool_output": lambda self, m: self.write(shown(str(m.get("output")))),
+        "error": lambda self, m: self.say(f"✗ {shown(str(m.get('error')))}"),
+        "extension_ui_request": lambda self, m: self.say(f"? {shown(str(m.get('title')))} (answer it on the phone)"),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def terminal_phone(store: Store, port: int, **how: Any) -> Iterator[TerminalPhone]:
+    """A phone that is paired for as long as it is used."""
+    secret, name = new_token("pt"), f"Terminal {clock(now_ms())}"
+    store.change_access(lambda access: access.invite("v3", secret, now_ms() + 10_000, name))
+    phone = TerminalPhone("127.0.0.1", port, "", **how)
+    phone.token = str(phone.call("POST", "/pair", {"pairingToken": secret}).get("deviceToken"))
+    try:
+        yield phone
+    finally:
+        digest = token_hash(phone.token)
+
+        def forget(access: Access) -> None:
+            access.devices[:] = [device for device in access.devices if device["hash"] != digest]
+
+        store.change_access(forget)
+
+
+def cmd_chat(store: Store, args: argparse.Namespace) -> int:
+    server = running(store.root)
+    if not server.get("port"):
+        raise UsageError("The server does not run. Start it with: oppi serve")
+    with terminal_phone(store, server["port"]) as phone:
+        phone.open(args.session or "")
+        asyncio.run(phone.run())
+    return 0
+
+
+DEMO_PROMPT = "What is in this folder?"
+DEMO_CALL = {"command": "ls -l && rm -f draft.txt"}
+DEMO_ANSWERS = {True: "There was a note and a draft; the draft is gone now. ", False: "You said no, so nothing was run. "}
+
+
+def demo_agent(argv: Sequence[str]) -> None:
+    """What pi would say on its pipes in a turn with one command; the command runs only if the gate's answer allows it."""
+    if "--mode" not in argv:
+        print("0.87.1" if "--version" in argv else "No models available")
+        return
+
+    def tell(kind: str, **fields: Any) -> None:
+        print(dumps({"type": kind, **fields}), flush=True)
+
+    def say(text: str, *calls: Json) -> None:
+        tell("message_start", message={"role": "assistant", "content": []})
+        for word in text.split(" "):
+            time.sleep(0.04)  # as fast as a person reads
+            delta = {"type": "text_delta", "contentIndex": 0, "delta": f"{word} "}
+            tell("message_update", assistantMessageEvent=delta, message={"role": "assistant", "content": []})
+        content = [{"type": "text", "text": f"{text} "}, *calls]
+        tell("message_end", message={"role": "assistant", "content": content, "stopReason": "toolUse" if calls else "stop"})
+
+    def asked(answer: Json) -> bool:
+        with contextlib.suppress(ValueError):
+            return obj(parse_json(str(answer.get("value")))).get("verdict") == "allow"
+        return False
+
+    def finish(allowed: bool) -> None:
+        text = "Blocked by the person with the phone"
+        if allowed:
+            done = subprocess.run(["/bin/sh", "-c", DEMO_CALL["command"]], capture_output=True, text=True, check=False)
+            text = done.stdout + done.stderr
+        result = {"content": [{"type": "text", "text": text}]}
+        tell("tool_execution_end", toolCallId="call_1", toolName="bash", result=result, isError=not allowed)
+        tell("message_end", message={"role": "toolResult", "toolCallId": "call_1", "toolName": "bash", **result})
+        say(DEMO_ANSWERS[allowed])
+        tell("agent_end", messages=[], willRetry=False)
+        tell("agent_settled")
+
+    question = {"method": "input", "title": GATE_TITLE}
+    tell("extension_ui_request", id="hello", placeholder=dumps({"hello": 1}), **question)
+    for line in sys.stdin:
+        command = obj(parse_json(line))
+        kind, data = str(command.get("type")), {"sessionId": "demo", "isStreaming": False, "messageCount": 0}
+        if kind == "extension_ui_response" and command.get("id") == "call":
+            finish(asked(command))
+        elif kind != "extension_ui_response":
+            tell("response", id=command.get("id"), command=kind, success=True, data=data)
+        if kind == "prompt":
+            tell("agent_start")
+            tell("message_end", message={"role": "user", "content": [{"type": "text", "text": command.get("message")}]})
+            call = {"type": "toolCall", "id": "call_1", "name": "bash", "arguments": DEMO_CALL}
+            say("Let me look, and throw the old draft away.", call)
+            tell("tool_execution_start", toolCallId="call_1", toolName="bash", args=DEMO_CALL)
+            ask = {"tool": "bash", "toolCallId": "call_1", "input": DEMO_CALL}
+            tell("extension_ui_request", id="call", placeholder=dumps(ask), **question)
+
+
+def cmd_demo(store: Store, args: argparse.Namespace) -> int:
+    """One turn on a private server; nothing of it stays."""
+    import shlex
+    import tempfile
+
+    program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
+    with tempfile.TemporaryDirectory(prefix="oppi-demo-") as folder:
+        folder = os.path.realpath(folder)
+        agent, project, data = (os.path.join(folder, name) for name in ("pi", "project", "data"))
+        os.mkdir(project)
+        for path, text in (
+            (os.path.join(project, "note.txt"), "Water the plants.\n"), (os.path.join(project, "draft.txt"), "Dear\n"),
+            (agent, f"#!/bin/sh\nexec {shlex.join(program)} demo-agent \"$@\"\n"),
+        ):  # fmt: skip
+            write_file(path, text.encode())
+        os.chmod(agent, 0o700)
+        env = {**os.environ, "HOME": folder, "OPPI_PI_BIN": agent}
+        command = [*program, "serve", "--host", "127.0.0.1", "--port", "0", "--json", "--data-dir", data]
+        with open(os.path.join(folder, "log"), "w+b") as log_file:
+            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, stdin=subprocess.DEVNULL, env=env)
+            try:
+                line = cast(Any, server.stdout).readline()
+                if not line:
+                    log_file.seek(0)
+                    raise UsageError(f"The server did not start: {log_file.read().decode('utf-8', 'replace').strip()}")
+                return play_demo(Store(data), int(parse_json(line)["port"]), project, args)
+            finally:
+                server.terminate()
+                server.wait(15)
+
+
+def play_demo(store: Store, port: int, project: str, args: argparse.Namespace) -> int:
+    print(f"  A private server runs on 127.0.0.1:{port}, with a scripted agent in place of pi.")
+    with terminal_phone(store, port, play=DEMO_PROMPT, yes=args.yes) as phone:
+        print("  This terminal is paired with it, as a phone would be.\n")
+        body = {"name": "Demo", "runtime": "host", "hostMount": project, "policyPreset": "host_standard", "skills": []}
+        workspace = obj(phone.call("POST", "/workspaces", body).get("workspace"))
+        phone.call("POST", f"/workspaces/{workspace['id']}/sessions", {})
+        phone.open("")
+        asyncio.run(phone.run())
+    entries = store.audit.entries(1, lambda entry: True)
+    for entry in entries:
+        print(f"  Audit: {entry.get('tool')} {entry.get('decision')} by {entry.get('resolvedBy')}: {entry.get('displaySummary')}")
+    gone = not os.path.exists(os.path.join(project, "draft.txt"))
+    print("  The server ends now, and nothing of it stays. Yours starts with: oppi serve")
+    return 0 if entries and gone == (entries[0].get("decision") == "allow") else 1
+
+
 # ═════════════════════════════════════ 20. Command line ══════════════════════════════════
 # ONE table of commands and their options.  A command gets the store and what was typed, hands what it
 # found to `show`, which prints it for a person or as JSON, and returns the exit code; whatever fails
@@ -8521,6 +8900,10 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
              option("--open", "show the code as a picture", **FLAG),
              # the original printed the owner token then; invites here hold none
              option("--show-token", "==SUPPRESS==", **FLAG)),
+    "demo": ("see a turn with an approval here and now, without phone or pi", cmd_demo,
+             option("--yes", "allow what is asked", **FLAG)),
+    "chat": ("be a phone in this terminal: prompt, see, approve or deny", cmd_chat,
+             option("session", metavar="SESSION", **WORD)),
     "init": ("set up a data directory", cmd_init, option("--force", "also if there is one", **FLAG),
              option("--yes --y", "ask nothing", **FLAG), option("--port", "port to listen on"),
              option("--model", "default model"), option("--max-sessions", "sessions at once", metavar="N")),
@@ -8604,6 +8987,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an old terminal shows what it can
+    if sys.argv[1:2] == ["demo-agent"] and argv is None:
+        demo_agent(sys.argv[2:])
+        return 0
     try:
         try:
             args = parse_args(sys.argv[1:] if argv is None else argv)
