@@ -36,8 +36,8 @@ from dataclasses import dataclass
 #
 #  Python cannot load native code from inside an archive, and compiles zipped source anew at every start.  So the
 #  parts that fit this interpreter are unpacked once into a private folder and imported from there.
-#  Rules: a folder appears whole or not at all; nothing in it is ever overwritten; native code is hashed at every
-#  start; whatever goes wrong is said on one line, and the exit status is 1.
+#  Rules: a folder appears whole or not at all; nothing in it is ever overwritten; native code is hashed in each
+#  process that loads it; whatever goes wrong is said on one line, and the exit status is 1.
 #  Only `os`, `stat` and `sys` are imported on the warm path, since every module imported here delays every start.
 #  Annotations stand in comments, because Python 2.7 has to read this.
 # ======================================================================================================================
@@ -80,22 +80,48 @@ def require_private(folder, forbidden):
         sys.exit("oppi: %s is open to other users of this machine; %s" % (folder, advice))
 
 
-def check_natives(folder, natives):
-    # type: (str, tuple[tuple[str, str], ...]) -> None
-    """Compares each native file with the sha256 recorded at build time: unlike source, nobody can read what it does."""
+class Natives:
+    """Finds the native modules, and hashes them before the first is loaded: unlike source, nobody can read what they do.
+
+    Their folder is not on sys.path, so that no import can get around this.
+    """
+
+    def __init__(self, folder, natives):
+        # type: (str, tuple[tuple[str, str], ...]) -> None
+        self.folder = folder
+        self.unchecked = natives
+        self.paths = {path.split(".")[0].replace("/", "."): path for path, _ in natives}
+
+    def find_spec(self, name, path=None, target=None):
+        # type: (str, object, object) -> object
+        """Answers Python's search for a module (PEP 451); ends the process if a native file is not as it was built."""
+        if name not in self.paths:
+            return None
+        import importlib.util
+
+        for file, expected in self.unchecked:
+            if file_sha256(os.path.join(self.folder, "native", file)) != expected:
+                where = os.path.join(self.folder, "native", file)
+                advice = "delete the folder %s and start again" % self.folder
+                sys.stderr.write("oppi: %s is missing or was changed; %s\n" % (where, advice))
+                sys.exit(1)  # a number: commands take an exit with a text for their own
+        self.unchecked = ()
+        return importlib.util.spec_from_file_location(name, os.path.join(self.folder, "native", self.paths[name]))
+
+
+def file_sha256(path):
+    # type: (str) -> str
+    """Returns the hex digest of a file; empty if it cannot be read."""
     import hashlib
 
-    for name, expected in natives:
-        digest = hashlib.sha256()
-        try:
-            with open(os.path.join(folder, name), "rb", 0) as file:
-                for chunk in iter(lambda: file.read(262144), b""):
-                    digest.update(chunk)
-        except OSError:
-            digest = hashlib.sha256()
-        if digest.hexdigest() != expected:
-            path = os.path.join(folder, name)
-            sys.exit("oppi: %s is missing or was changed; delete the folder %s and start again" % (path, folder))
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb", 0) as file:
+            for chunk in iter(lambda: file.read(262144), b""):
+                digest.update(chunk)
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 def write_synced(path, data):
@@ -124,9 +150,9 @@ def publish(temporary, folder):
         os.close(descriptor)
 
 
-def unpack(archive, folder, layers):
-    # type: (str, str, tuple[str, ...]) -> None
-    """Creates `folder` from the archive's files under the prefixes `layers`, each checked against the manifest."""
+def unpack(archive, folder, tag):
+    # type: (str, str, str) -> None
+    """Creates `folder` as the manifest says for `tag`, from the archive's files, each checked against its hash there."""
     import hashlib
     import json
     import shutil
@@ -136,13 +162,14 @@ def unpack(archive, folder, layers):
     temporary = "%s.%s.tmp" % (folder, os.urandom(8).hex())
     try:
         with zipfile.ZipFile(archive) as pack:
-            for name, expected in json.loads(pack.read("manifest.json").decode())["files"].items():
-                for layer in layers:
-                    if name.startswith(layer):
+            manifest = json.loads(pack.read("manifest.json").decode())
+            for name, expected in manifest["files"].items():
+                for prefix, place in manifest["unpacked"][tag].items():
+                    if name.startswith(prefix):
                         data = pack.read(name)
                         if hashlib.sha256(data).hexdigest() != expected:
                             raise ValueError(name)
-                        write_synced(os.path.join(temporary, name[len(layer) :] or name), data)
+                        write_synced(os.path.join(temporary, place + name[len(prefix) :]), data)
         publish(temporary, folder)
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError):
         sys.exit("oppi: %s is damaged; download or build it again" % archive)
@@ -150,27 +177,22 @@ def unpack(archive, folder, layers):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prepare(archive, build, target):
-    # type: (str, str, Target) -> str
-    """Returns the private folder with the parts of this archive for this interpreter, unpacked if they are not yet."""
-    tag, layers, natives = target
-    root = cache_root()
-    folder = os.path.join(root, build[:20] + "-" + tag)
+def prepare(archive, root, folder, tag):
+    # type: (str, str, str, str) -> None
+    """Makes sure that `folder`, below the private `root`, holds the parts of this archive for `tag`."""
     umask = os.umask(0o077)
     try:
         if not os.path.isdir(root):
             os.makedirs(root)
         require_private(root, 0o022)
         if not os.path.isdir(folder):
-            unpack(archive, folder, layers)
+            unpack(archive, folder, tag)
         require_private(folder, 0o077)
     except OSError as error:
         advice = "free or repair it, or set OPPI_CACHE_DIR to a folder that can be written"
         sys.exit("oppi: cannot unpack into %s: %s; %s" % (root, error.strerror or error, advice))
     finally:
         os.umask(umask)
-    check_natives(folder, natives)
-    return folder
 
 
 def compiled(path):
@@ -188,15 +210,27 @@ def compiled(path):
 
 def bootstrap(archive, build, targets, supported):
     # type: (str, str, dict[str, Target], str) -> int
-    """Runs oppi from its private folder, which takes the archive's place on sys.path; sys.argv stays as it is."""
-    folder = prepare(archive, build, choose_target(targets, supported))
-    if sys.argv[1:2] == ["serve"] and not compiled(os.path.join(folder, "oppi.py")):
-        os.execv(sys.executable, [sys.executable, archive] + sys.argv[1:])  # gives back what that cost (15 MB)
-    sys.path[0] = folder
-    sys.dont_write_bytecode = False  # the folder is ours alone, and compiling costs more than everything else
+    """Runs oppi from its private folder, which takes the archive's place on sys.path; sys.argv stays as it is.
+
+    `verify` runs from the archive itself, since the folder is what it doubts.
+    """
+    tag, natives = choose_target(targets, supported)
+    root = cache_root()
+    folder = os.path.join(root, build[:20] + "-" + tag)
+    if sys.argv[1:2] == ["verify"]:
+        sys.path[0] = archive
+        folder = folder if os.path.isdir(folder) else ""
+    else:
+        prepare(archive, root, folder, tag)
+        if sys.argv[1:2] == ["serve"] and not compiled(os.path.join(folder, "oppi.py")):
+            os.execv(sys.executable, [sys.executable, archive] + sys.argv[1:])  # gives back what that cost (15 MB)
+        sys.path[0] = folder
+        sys.meta_path.insert(0, Natives(folder, natives))  # type: ignore[arg-type]
+        sys.dont_write_bytecode = False  # the folder is ours alone, and compiling costs more than everything else
     import oppi
 
     setattr(oppi, "ARCHIVE", archive)  # noqa: B010
+    setattr(oppi, "UNPACKED", folder)  # noqa: B010
     return oppi.main()
 
 
@@ -204,7 +238,8 @@ BOOTSTRAP = (
     choose_target,
     cache_root,
     require_private,
-    check_natives,
+    Natives,
+    file_sha256,
     write_synced,
     publish,
     unpack,
@@ -227,6 +262,7 @@ PLATFORMS = {  # our name: (platform tag of its wheels, what os.uname() calls th
     "linux-aarch64": ("manylinux2014_aarch64.manylinux_2_17_aarch64", "aarch64"),
     "macos-arm64": ("macosx_11_0_arm64", "arm64"),
 }
+PACKAGES = ("cffi", "cryptography", "qrcode", "websockets")
 PYTHONS = ("cp39", "cp310", "cp311", "cp312", "cp313", "cp314")
 WEBSOCKETS = {"cp39": "15.0.1", "cp310": "16.1.1"}  # the others take the last pure wheel of the table
 ANY = "py3-none-any"
@@ -308,7 +344,7 @@ WHEELS: list[Wheel] = [
 #  The builder
 # ======================================================================================================================
 
-Target = tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]  # tag, layers, (native file, sha256)...
+Target = tuple[str, tuple[tuple[str, str], ...]]  # tag, (native file, sha256)...
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold; real times would differ between builds
 
 
@@ -414,17 +450,19 @@ def wheel_for(name: str, python: str, platform: str) -> Wheel:
     return found[0]
 
 
-def make_target(files: dict[str, bytes], python: str, platform: str) -> tuple[str, Target]:
-    """Returns the bootstrap's table entry for one interpreter on one platform, with the key it is found by."""
-    wheels = [wheel_for(name, python, platform) for name in ("cffi", "cryptography", "qrcode", "websockets")]
-    natives: list[tuple[str, str]] = []
-    for wheel in wheels:
-        prefix = f"native/{wheel.stem}/"
-        natives += [(name[len(prefix) :], sha256(files[name])) for name in sorted(files) if name.startswith(prefix)]
+def unpacked_places(wheels: list[Wheel]) -> dict[str, str]:
+    """Says where the files of a target go: what begins with a key is unpacked under its value, the rest of its name kept."""
+    natives = {f"native/{wheel.stem}/": "native/" for wheel in wheels if wheel.tag != ANY}
+    return {"oppi.py": "oppi.py", **{f"lib/{wheel.release}/": "" for wheel in wheels if wheel.name != "cffi"}, **natives}
+
+
+def make_target(files: dict[str, bytes], python: str, platform: str) -> tuple[str, Target, dict[str, str]]:
+    """Returns for one interpreter on one platform: what it is known by, the bootstrap's table entry, the places."""
+    places = unpacked_places([wheel_for(name, python, platform) for name in PACKAGES])
+    found = [(name, prefix) for prefix in places for name in sorted(files) if name.startswith(prefix)]
+    natives = [(name[len(prefix) :], sha256(files[name])) for name, prefix in found if places[prefix] == "native/"]
     suffixes = [name[len("_cffi_backend") :] for name, _ in natives if name.startswith("_cffi_backend")]
-    layers = ["oppi.py", *(f"lib/{wheel.release}/" for wheel in wheels[1:])]
-    layers += [f"native/{wheel.stem}/" for wheel in wheels[:2]]
-    return f"{suffixes[0]} {PLATFORMS[platform][1]}", (f"{python}-{platform}", tuple(layers), tuple(natives))
+    return f"{suffixes[0]} {PLATFORMS[platform][1]}", (f"{python}-{platform}", tuple(natives)), places
 
 
 def main_source(targets: dict[str, Target], supported: str, build: str) -> str:
@@ -448,12 +486,14 @@ def assemble(source: bytes, platforms: list[str]) -> tuple[str, dict[str, bytes]
     with ThreadPoolExecutor(4) as pool:
         for wheel, data in zip(wheels, pool.map(fetch, wheels)):
             add_wheel(files, wheel, data)
-    targets = dict(make_target(files, python, platform) for platform in platforms for python in PYTHONS)
+    made = [make_target(files, python, platform) for platform in platforms for python in PYTHONS]
+    targets = {key: target for key, target, _ in made}
+    unpacked = {target[0]: places for _, target, places in made}
     supported = f"CPython 3.{PYTHONS[0][3:]} to 3.{PYTHONS[-1][3:]} on {', '.join(platforms)}"
     hashes = {name: sha256(files[name]) for name in sorted(files)}
-    build = sha256((main_source(targets, supported, "") + json.dumps(hashes)).encode())
+    build = sha256((main_source(targets, supported, "") + json.dumps([hashes, unpacked])).encode())
     pins = [{"name": w.name, "version": w.version, "file": w.stem + ".whl", "sha256": w.sha256} for w in wheels]
-    manifest = {"build": build, "platforms": platforms, "wheels": pins, "files": hashes}
+    manifest = {"build": build, "platforms": platforms, "wheels": pins, "unpacked": unpacked, "files": hashes}
     files["manifest.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
     files["__main__.py"] = main_source(targets, supported, build).encode("ascii")
     return build, files

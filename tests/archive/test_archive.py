@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def main(argv=None):
         Ed25519PrivateKey.generate().sign(b"")
         print(websockets.__file__, qrcode.__file__, cryptography.__file__, sep="\\n")
     else:
-        print(sys.argv, ARCHIVE, __file__)
+        print(sys.argv, ARCHIVE, UNPACKED, __file__)
     return 7
 """
 HERE = ("macos-" if sys.platform == "darwin" else "linux-") + os.uname().machine
@@ -105,6 +106,17 @@ def unpacked(cache: Path) -> Path:
     return folders[0]
 
 
+def places(manifest: dict[str, Any], tag: str) -> dict[str, str]:
+    """Returns where each file of a target lies below its unpacked folder, and its name in the archive."""
+    prefixes = manifest["unpacked"][tag].items()
+    return {
+        place + name[len(prefix) :]: name
+        for name in manifest["files"]
+        for prefix, place in prefixes
+        if name.startswith(prefix)
+    }
+
+
 def rewrite(source: Path, target: Path, change: dict[str, bytes]) -> Path:
     """Copies an archive with some files replaced."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
@@ -147,15 +159,15 @@ def test_is_small_enough(archive: Path, tmp_path: Path) -> None:
 def test_has_what_each_claimed_python_and_platform_imports(archive: Path, python: str, platform: str) -> None:
     with zipfile.ZipFile(archive) as pack:
         files = {name: pack.read(name) for name in pack.namelist()}
-    key, (tag, layers, natives) = build_zipapp.make_target(files, python, platform)
-    assert repr(key) in files["__main__.py"].decode()
+    key, (tag, natives), _ = build_zipapp.make_target(files, python, platform)
+    assert f"{key!r}: {(tag, natives)!r}" in files["__main__.py"].decode()
     assert tag == f"{python}-{platform}"
-    there = {name[len(layer) :] for layer in layers for name in files if name.startswith(layer)}
-    assert {"qrcode/main.py", "websockets/server.py", "cryptography/__init__.py"} <= there
+    there = {place: files[name] for place, name in places(json.loads(files["manifest.json"]), tag).items()}
+    assert {"oppi.py", "qrcode/main.py", "websockets/server.py", "cryptography/__init__.py"} <= set(there)
     assert {name.split(".")[0] for name, _ in natives} == {"_cffi_backend", "cryptography/hazmat/bindings/_rust"}
-    for name, _ in natives:
-        data = next(files[layer + name] for layer in layers if layer + name in files)
-        check_binary(data, platform)
+    for name, expected in natives:
+        assert hashlib.sha256(there["native/" + name]).hexdigest() == expected
+        check_binary(there["native/" + name], platform)
         assert f"-{python[2:]}-" in name or f"cpython-{python[2:]}" in name or name.endswith(".abi3.so")
 
 
@@ -222,9 +234,41 @@ def test_the_packages_come_from_the_archive(small: Path, home: Path, tmp_path: P
 
 def test_oppi_gets_its_arguments_its_archive_and_gives_its_status(small: Path, home: Path, tmp_path: Path) -> None:
     done = start(small, home, "a", "b", OPPI_CACHE_DIR=str(tmp_path / "cache"))
-    where = unpacked(tmp_path / "cache") / "oppi.py"
+    where = unpacked(tmp_path / "cache")
     assert (done.returncode, done.stderr) == (7, "")
-    assert done.stdout == f"{[str(small), 'a', 'b']} {small} {where}\n"
+    assert done.stdout == f"{[str(small), 'a', 'b']} {small} {where} {where / 'oppi.py'}\n"
+
+
+def test_the_manifest_says_where_each_unpacked_file_comes_from(archive: Path, home: Path, tmp_path: Path) -> None:
+    assert start(archive, home, "--version", OPPI_CACHE_DIR=str(tmp_path / "cache")).returncode == 0
+    folder = unpacked(tmp_path / "cache")
+    with zipfile.ZipFile(archive) as pack:
+        manifest = json.loads(pack.read("manifest.json"))
+        build, tag = folder.name.split("-", 1)
+        assert manifest["build"].startswith(build)
+        for place, name in places(manifest, tag).items():
+            assert (folder / place).read_bytes() == pack.read(name)
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in there if not name.endswith(".pyc")} == set(places(manifest, tag))
+
+
+def test_verify_runs_from_the_archive_and_judges_nothing_itself(small: Path, home: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    variables, inside = {"OPPI_CACHE_DIR": str(cache)}, small / "oppi.py"
+    done = start(small, home, "verify", **variables)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout == f"{[str(small), 'verify']} {small}  {inside}\n"
+    assert not cache.exists()
+    assert start(small, home, **variables).returncode == 7
+    folder = unpacked(cache)
+    (folder / "oppi.py").write_text("raise SystemExit('somebody else was here')\n")
+    for native in folder.rglob("*.so"):
+        native.write_bytes(b"changed")
+    before = sorted(folder.rglob("*"))
+    done = start(small, home, "verify", "-x", **variables)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout == f"{[str(small), 'verify', '-x']} {small} {folder} {inside}\n"
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_two_first_starts_at_once_both_work(archive: Path, home: Path) -> None:
@@ -284,24 +328,37 @@ def test_a_platform_without_parts_is_told_which_have_some(home: Path, tmp_path: 
     assert line.endswith(f"it runs with CPython 3.9 to 3.14 on {platform}")
 
 
-@pytest.mark.parametrize("change", ["flip", "remove"])
-def test_a_changed_native_file_is_refused(archive: Path, home: Path, tmp_path: Path, change: str) -> None:
-    cache = {"OPPI_CACHE_DIR": str(tmp_path / "cache")}
-    assert start(archive, home, "--version", **cache).returncode == 0
+@pytest.mark.parametrize("change", ["first", "last", "longer", "remove"])
+def test_a_changed_native_file_is_not_loaded(archive: Path, home: Path, tmp_path: Path, change: str) -> None:
+    variables = {"OPPI_CACHE_DIR": str(tmp_path / "cache"), "OPPI_DATA_DIR": str(tmp_path / "data")}
+    assert start(archive, home, "--version", **variables).returncode == 0
     folder = unpacked(tmp_path / "cache")
-    natives = sorted(folder.rglob("*.so"))
+    natives = sorted((folder / "native").rglob("*.so"))
     assert len(natives) == 2
     for native in natives:
         good = native.read_bytes()
-        if change == "flip":
-            native.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        else:
+        bad = {"first": bytes([good[0] ^ 1]) + good[1:], "last": good[:-1] + bytes([good[-1] ^ 1]), "longer": good + b"x"}
+        if change == "remove":
             native.unlink()
-        line = refused(start(archive, home, "--version", **cache))
-        assert str(native) in line and f"delete the folder {folder} and start again" in line
+        else:
+            native.write_bytes(bad[change])
+        assert start(archive, home, "config", "get", "port", **variables).returncode == 0  # loads none of them
+        for command in (["pair", "--host", "127.0.0.1"], ["serve", "--port", "0"]):
+            line = refused(start(archive, home, *command, **variables))
+            assert line == f"oppi: {native} is missing or was changed; delete the folder {folder} and start again"
         native.write_bytes(good)
     shutil.rmtree(folder)
-    assert start(archive, home, "--version", **cache).returncode == 0
+    assert start(archive, home, "--version", **variables).returncode == 0
+
+
+def test_no_native_file_is_found_without_being_checked(small: Path, home: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert start(small, home, "packages", OPPI_CACHE_DIR=str(cache)).returncode == 7
+    code = "import sys; sys.path[:0] = [sys.argv[1]]; import {}"
+    for module in ("_cffi_backend", "cryptography.hazmat.bindings._rust"):
+        command = [sys.executable, "-I", "-S", "-c", code.format(module), str(unpacked(cache))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: No module named '{module}'"
 
 
 def test_a_damaged_archive_is_refused_and_leaves_nothing(archive: Path, home: Path, tmp_path: Path) -> None:
