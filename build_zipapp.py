@@ -491,9 +491,10 @@ def assemble(source: bytes, platforms: list[str]) -> tuple[str, dict[str, bytes]
     unpacked = {target[0]: places for _, target, places in made}
     supported = f"CPython 3.{PYTHONS[0][3:]} to 3.{PYTHONS[-1][3:]} on {', '.join(platforms)}"
     hashes = {name: sha256(files[name]) for name in sorted(files)}
-    build = sha256((main_source(targets, supported, "") + json.dumps([hashes, unpacked])).encode())
     pins = [{"name": w.name, "version": w.version, "file": w.stem + ".whl", "sha256": w.sha256} for w in wheels]
-    manifest = {"build": build, "platforms": platforms, "wheels": pins, "unpacked": unpacked, "files": hashes}
+    manifest = {"platforms": platforms, "wheels": pins, "unpacked": unpacked, "files": hashes}
+    build = sha256((main_source(targets, supported, "") + json.dumps(manifest)).encode())
+    manifest = {"build": build, **manifest}
     files["manifest.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
     files["__main__.py"] = main_source(targets, supported, build).encode("ascii")
     return build, files

@@ -8814,36 +8814,39 @@ def recorded() -> tuple[Json, dict[str, bytes]]:
 
 
 def archive_problems(manifest: Json, files: dict[str, bytes]) -> Iterator[str]:
-    """What of the archive is not as recorded.  The build id covers the list of hashes and the code that starts oppi."""
+    """What of the archive is not as recorded.  The build id covers the manifest and the code that starts oppi."""
     listed, build = obj(manifest.get("files")), str(manifest.get("build"))
     yield from (f"{name} is not in the archive" for name in listed if name not in files)
     for name, data in files.items():
         if name not in ("manifest.json", "__main__.py") and sha256(data) != listed.get(name):
             yield f"{name} in the archive is {'changed' if name in listed else 'not listed'}"
     main = files.get("__main__.py", b"").decode("utf-8", "replace").replace(repr(build), "''", 1)
-    if sha256((main + json.dumps(listed)).encode()) != build:
+    rest = {name: value for name, value in manifest.items() if name != "build"}
+    if sha256((main + json.dumps(rest)).encode()) != build:
         yield "the archive has another build id than it says"
 
 
-def unpacked_problems(listed: Json, folder: str) -> Iterator[str]:
-    """What of the unpacked files is not as recorded.  Several releases of a package may be listed: any of them is good."""
+def unpacked_problems(manifest: Json, folder: str) -> Iterator[str]:
+    """What of the unpacked files is not as recorded; the folder is named after the build and the Python it is for."""
     import marshal
 
-    good: dict[str, set[str]] = {}
-    for name, digest in listed.items():
-        good.setdefault(name.split("/", 2)[-1], set()).add(digest)
+    places = obj(obj(manifest.get("unpacked")).get(os.path.basename(folder).partition("-")[2])).items()
+    listed = obj(manifest.get("files")).items()
+    good = {to + name[len(start) :]: digest for name, digest in listed for start, to in places if name.startswith(start)}
+    advice = f"delete the folder {folder} and start again"
+    yield from (f"{name} is missing; {advice}" for name in good if not os.path.exists(os.path.join(folder, name)))
     for path, _, names in os.walk(folder):
         for name in names:
             full = os.path.join(path, name)
-            data, place = read_file(full), os.path.relpath(full, folder).replace("native/", "", 1)
+            place, data = os.path.relpath(full, folder), read_file(full)
             if os.path.basename(path) == "__pycache__":  # Python has made it of the source beside it
                 origin = os.path.join(os.path.dirname(path), name.split(".")[0] + ".py")
                 with contextlib.suppress(Exception):
                     if marshal.loads(data[16:]) == compile(read_file(origin), origin, "exec", dont_inherit=True):
                         continue
-                yield f"{full} is not what its source compiles to; delete {folder}"
-            elif sha256(data) not in good.get(place, ()):
-                yield f"{full} is {'changed' if place in good else 'not listed'}; delete {folder}"
+                yield f"{full} is not what its source compiles to; {advice}"
+            elif sha256(data) != good.get(place):
+                yield f"{full} is {'changed' if place in good else 'not listed'}; {advice}"
 
 
 def cmd_verify(store: Store, args: argparse.Namespace) -> int:
@@ -8852,7 +8855,7 @@ def cmd_verify(store: Store, args: argparse.Namespace) -> int:
     listed, code = obj(manifest.get("files")), sha256(source())
     problems = list(archive_problems(manifest, files)) if ARCHIVE else []
     if UNPACKED:
-        problems += unpacked_problems(listed, UNPACKED)
+        problems += unpacked_problems(manifest, UNPACKED)
     if ARCHIVE and code != listed.get("oppi.py"):
         problems.append("the oppi.py that runs is not the one of the archive")
     hashes = {**({ARCHIVE: sha256(read_file(ARCHIVE))} if ARCHIVE else {}), "oppi.py": code}

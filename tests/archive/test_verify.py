@@ -1,0 +1,105 @@
+"""The archive can be checked by whoever has it, and shows a whole turn with nothing but Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.tools import find_pythons
+
+from .test_archive import archive, home, rewrite  # noqa: F401
+from .test_archive import start as run_archive
+
+PYTHONS = [python for python, version in find_pythons().items() if version >= (3, 9, 2)]
+
+
+def folder_of(home: Path) -> Path:  # noqa: F811
+    (folder,) = (home / ".cache" / "oppi").iterdir()
+    return folder
+
+
+def verified(archive: Path, home: Path, *words: str) -> subprocess.CompletedProcess[str]:  # noqa: F811
+    done = run_archive(archive, home, "verify", *words)
+    assert done.stderr == ""
+    return done
+
+
+@pytest.fixture
+def used(archive: Path, home: Path) -> Path:  # noqa: F811
+    """The unpacked folder of an archive whose every module has been compiled and native code loaded."""
+    assert run_archive(archive, home, "pair", "--host", "h.local").returncode == 0
+    return folder_of(home)
+
+
+def test_what_is_untouched_is_good_and_every_wheel_is_named(archive: Path, home: Path, used: Path) -> None:  # noqa: F811
+    done = verified(archive, home, "--json")
+    facts = json.loads(done.stdout)
+    assert (done.returncode, facts["valid"], facts["problems"]) == (0, True, [])
+    assert list(used.glob("**/*.pyc")) and list(used.glob("native/**/*.so"))
+    version = json.loads(run_archive(archive, home, "version", "--json").stdout)
+    assert version["build"] == facts["build"] and version["wheels"].items() <= facts["hashes"].items()
+    assert facts["hashes"]["oppi.py"] == version["oppi"] and len(facts["hashes"][str(archive)]) == 64
+    assert "as recorded" in verified(archive, home).stdout
+
+
+def test_the_source_that_runs_is_the_one_in_the_archive(archive: Path, home: Path) -> None:  # noqa: F811
+    root = Path(__file__).resolve().parent.parent.parent
+    assert run_archive(archive, home, "source").stdout == (root / "oppi.py").read_text("utf-8")
+
+
+@pytest.mark.parametrize("pattern", ["oppi.py", "websockets/frames.py", "native/**/*.so", "__pycache__/oppi.*.pyc"])
+def test_a_changed_byte_is_noticed(archive: Path, home: Path, used: Path, pattern: str) -> None:  # noqa: F811
+    path = sorted(used.glob(pattern))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = verified(archive, home)
+    assert done.returncode == 1 and f"✗ {path} is " in done.stdout
+
+
+def test_a_file_that_was_put_there_or_taken_away_is_noticed(archive: Path, home: Path, used: Path) -> None:  # noqa: F811
+    (used / "socket.py").write_text("print('somebody else')")
+    (used / "qrcode" / "main.py").unlink()
+    done = verified(archive, home)
+    assert done.returncode == 1 and "somebody else" not in done.stdout
+    assert "socket.py is not listed" in done.stdout and "main.py is missing" in done.stdout
+
+
+def test_code_that_was_compiled_from_something_else_is_noticed(archive: Path, home: Path, used: Path) -> None:  # noqa: F811
+    """Python itself looks at the time and size of the source only."""
+    import marshal
+
+    (path,) = (used / "qrcode" / "__pycache__").glob("main.*.pyc")
+    head = path.read_bytes()[:16]
+    path.write_bytes(head + marshal.dumps(compile("print('somebody else')", "main.py", "exec")))
+    done = verified(archive, home)
+    assert done.returncode == 1 and f"✗ {path} is not what its source compiles to" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["oppi.py", "__main__.py", "manifest.json"])
+def test_an_archive_that_was_changed_is_noticed(archive: Path, home: Path, tmp_path: Path, name: str) -> None:  # noqa: F811
+    import zipfile
+
+    data = zipfile.ZipFile(archive).read(name)
+    change = {
+        "manifest.json": (b'"websockets"', b'"websocketz"'),
+        "oppi.py": (b"oppi", b"Oppi"),
+        "__main__.py": (b"0o077", b"0o000"),
+    }
+    assert change[name][0] in data
+    other = rewrite(archive, tmp_path / "other.pyz", {name: data.replace(*change[name], 1)})
+    done = run_archive(other, home, "verify")
+    assert done.returncode == 1 and "✗" in done.stdout
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_a_whole_turn_with_nothing_but_python(archive: Path, home: Path, tmp_path: Path, python: str) -> None:  # noqa: F811
+    done = run_archive(archive, home, "demo", "--yes", python=python, TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done
+    assert "Allowed once" in done.stdout and "Audit: bash allow by user" in done.stdout
+    assert sorted(os.listdir(home)) == [".cache"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("oppi-")]
