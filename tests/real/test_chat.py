@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from tests.support.screen import screen
 
 from .conftest import Chat
