@@ -11,8 +11,8 @@ The archive is meant to be checked by people who do not trust whoever built it:
 - The same inputs give the same bytes, whatever the umask, time zone, locale, hash seed or folder.
   (Deflate differs between zlib releases: compare builds made with one Python, or compare build ids.)
 
-The first half of this file is the archive's `__main__.py`: its source is copied there, so it is plain Python that
-also parses on 2.7, where it says what is missing.  The second half is the builder.
+The first half of this file is the archive's `__main__.py` and `oppi_unpack.py`: its source is copied there, so it is
+plain Python that also parses on 2.7, where it says what is missing.  The second half is the builder.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from dataclasses import dataclass
 #
 #  Python cannot load native code from inside an archive, and compiles zipped source anew at every start.  So the
 #  parts that fit this interpreter are unpacked once into a private folder and imported from there.
-#  Rules: a folder appears whole or not at all; nothing in it is ever overwritten; native code is hashed in each
-#  process that loads it; whatever goes wrong is said on one line, and the exit status is 1.
-#  Only `os`, `stat` and `sys` are imported on the warm path, since every module imported here delays every start.
+#  Rules: a folder appears whole or not at all; nothing in it is ever overwritten; none is removed while a process
+#  holds it by a lock; native code is hashed in each process that loads it; whatever goes wrong is said on one line,
+#  and the exit status is 1.
+#  Python compiles `__main__.py` at every start, so that what only a first start needs is in `oppi_unpack.py`.
 #  Annotations stand in comments, because Python 2.7 has to read this.
 # ======================================================================================================================
 
 
 def choose_target(targets, supported):
-    # type: (dict[str, Target], str) -> Target
-    """Returns the parts that fit this interpreter, known by the suffix of its extension modules and the machine."""
+    # type: (dict[str, str], str) -> list[str]
+    """Returns the words on what fits this interpreter, known by the suffix of its extension modules and the machine."""
     version = ".".join([str(number) for number in sys.version_info[:3]])
     if sys.version_info < (3, 9, 2):
         sys.exit("oppi needs Python 3.9.2 or newer; this is Python %s (%s)" % (version, sys.executable))
@@ -54,7 +55,7 @@ def choose_target(targets, supported):
     machine = os.uname().machine if hasattr(os, "uname") else "unknown machine"
     for suffix in _imp.extension_suffixes():
         if suffix + " " + machine in targets:
-            return targets[suffix + " " + machine]
+            return targets[suffix + " " + machine].split()
     this = "%s %s on %s %s" % (sys.implementation.cache_tag, version, sys.platform, machine)
     sys.exit("oppi: this archive does not run with %s; it runs with %s" % (this, supported))
 
@@ -86,16 +87,16 @@ class Natives:
     Their folder is not on sys.path, so that no import can get around this.
     """
 
-    def __init__(self, folder, natives):
-        # type: (str, tuple[tuple[str, str], ...]) -> None
+    def __init__(self, folder, files, hashes):
+        # type: (str, list[str], list[str]) -> None
         self.folder = folder
-        self.unchecked = natives
-        self.paths = {path.split(".")[0].replace("/", "."): path for path, _ in natives}
+        self.unchecked = list(zip(files, hashes))
+        self.files = {file.split(".")[0].replace("/", "."): file for file in files}
 
     def find_spec(self, name, path=None, target=None):
         # type: (str, object, object) -> object
         """Answers Python's search for a module (PEP 451); ends the process if a native file is not as it was built."""
-        if name not in self.paths:
+        if name not in self.files:
             return None
         import importlib.util
 
@@ -105,8 +106,8 @@ class Natives:
                 advice = "delete the folder %s and start again" % self.folder
                 sys.stderr.write("oppi: %s is missing or was changed; %s\n" % (where, advice))
                 sys.exit(1)  # a number: commands take an exit with a text for their own
-        self.unchecked = ()
-        return importlib.util.spec_from_file_location(name, os.path.join(self.folder, "native", self.paths[name]))
+        self.unchecked = []
+        return importlib.util.spec_from_file_location(name, os.path.join(self.folder, "native", self.files[name]))
 
 
 def file_sha256(path):
@@ -124,6 +125,74 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
+def hold(folder):
+    # type: (str) -> int
+    """Returns a descriptor that keeps a folder from being removed until it is closed; -1 if there is no such folder."""
+    import fcntl
+
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return -1
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH)
+    except OSError:
+        pass  # this file system knows no locks, so that nothing on it is removed either
+    try:
+        if os.path.samestat(os.fstat(held), os.lstat(folder)):
+            return held
+    except FileNotFoundError:
+        pass
+    os.close(held)  # it was removed between the two
+    return -1
+
+
+def enter(archive, root, folder, tag):
+    # type: (str, str, str, str) -> None
+    """Holds the private `folder` with the parts for `tag` until this process ends; unpacks them if they are not yet."""
+    try:
+        if hold(folder) < 0:
+            import oppi_unpack  # type: ignore[import-not-found]
+
+            oppi_unpack.first_start(archive, root, folder, tag)
+        require_private(root, 0o022)
+        require_private(folder, 0o077)
+    except OSError as error:
+        advice = "free or repair it, or set OPPI_CACHE_DIR to a folder that can be written"
+        sys.exit("oppi: cannot unpack into %s: %s; %s" % (root, error.strerror or error, advice))
+
+
+def bootstrap(archive, build, targets, supported):
+    # type: (str, str, dict[str, str], str) -> int
+    """Runs oppi from its private folder, which takes the archive's place on sys.path; sys.argv stays as it is.
+
+    `verify` runs from the archive itself, since the folder is what it doubts.
+    """
+    import gc
+
+    target = choose_target(targets, supported)
+    root = cache_root()
+    folder = os.path.join(root, build[:20] + "-" + target[0])
+    if sys.argv[1:2] == ["verify"]:
+        folder = folder if os.path.lexists(folder) else ""
+    else:
+        enter(archive, root, folder, target[0])
+        sys.path[0] = folder
+        sys.meta_path.insert(0, Natives(folder, target[1::2], target[2::2]))  # type: ignore[arg-type]
+        sys.dont_write_bytecode = False  # the folder is ours alone, and compiling costs more than everything else
+    gc.disable()
+    import oppi
+
+    gc.freeze()  # modules stay until the end: looking through them for garbage, most of all then, took 7 ms
+    gc.enable()
+    setattr(oppi, "ARCHIVE", archive)  # noqa: B010
+    setattr(oppi, "UNPACKED", folder)  # noqa: B010
+    return oppi.main()
+
+
+# What only a first start needs: `oppi_unpack.py`
+
+
 def write_synced(path, data):
     # type: (str, bytes) -> None
     """Writes a new file, on disk when this returns."""
@@ -136,30 +205,39 @@ def write_synced(path, data):
 
 
 def publish(temporary, folder):
-    # type: (str, str) -> None
-    """Gives a complete folder its final name; if another first start was faster, its result is as good."""
+    # type: (str, str) -> bool
+    """Gives a complete folder its final name; no if another first start was faster: its result is as good."""
     try:
         os.rename(temporary, folder)
     except OSError:
         if not os.path.isdir(folder):
             raise
+        return False
     descriptor = os.open(os.path.dirname(folder), os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return True
 
 
 def unpack(archive, folder, tag):
-    # type: (str, str, str) -> None
-    """Creates `folder` as the manifest says for `tag`, from the archive's files, each checked against its hash there."""
+    # type: (str, str, str) -> int
+    """Creates `folder` as the manifest says for `tag`, from the archive's files, each checked against its hash there.
+
+    Returns what `hold` returns of it: the lock comes along when a held folder gets its final name.
+    """
     import hashlib
     import json
     import shutil
     import zipfile
     import zlib
 
+    if sys.stderr and sys.stderr.isatty():
+        sys.stderr.write("oppi: unpacking for the first start...\n")
     temporary = "%s.%s.tmp" % (folder, os.urandom(8).hex())
+    os.mkdir(temporary)
+    held = hold(temporary)
     try:
         with zipfile.ZipFile(archive) as pack:
             manifest = json.loads(pack.read("manifest.json").decode())
@@ -170,83 +248,76 @@ def unpack(archive, folder, tag):
                         if hashlib.sha256(data).hexdigest() != expected:
                             raise ValueError(name)
                         write_synced(os.path.join(temporary, place + name[len(prefix) :]), data)
-        publish(temporary, folder)
+        if held >= 0 and publish(temporary, folder):
+            return held
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError):
         sys.exit("oppi: %s is damaged; download or build it again" % archive)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if held >= 0:
+        os.close(held)
+    return hold(folder)
 
 
-def prepare(archive, root, folder, tag):
+def prune(root, build):
+    # type: (str, str) -> None
+    """Removes what other builds unpacked, and what a crashed start left, unless a process holds it.
+
+    Renamed first: a folder with its final name is whole.  The parts of this build for other interpreters stay.
+    """
+    import fcntl
+    import re
+    import shutil
+
+    for name in os.listdir(root):
+        ours = re.match(r"([0-9a-f]{20}-cp3\d+-[a-z]+-\w+)(\.[0-9a-f]{16}\.tmp)?$", name)
+        if not ours or (name.startswith(build) and not ours.group(2)):
+            continue
+        path = os.path.join(root, name)
+        try:
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(held), os.lstat(path)):
+                doomed = os.path.join(root, "%s.%s.tmp" % (ours.group(1), os.urandom(8).hex()))
+                os.rename(path, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+        except OSError:
+            pass  # in use, or somebody else removes it
+        finally:
+            os.close(held)
+
+
+def first_start(archive, root, folder, tag):
     # type: (str, str, str, str) -> None
-    """Makes sure that `folder`, below the private `root`, holds the parts of this archive for `tag`."""
+    """Makes `folder`, below `root`, with the parts for `tag`, and holds it.  OSError if that cannot be done."""
+    import importlib.util
+    import py_compile
+
     umask = os.umask(0o077)
     try:
         if not os.path.isdir(root):
             os.makedirs(root)
         require_private(root, 0o022)
-        if not os.path.isdir(folder):
-            unpack(archive, folder, tag)
-        require_private(folder, 0o077)
-    except OSError as error:
-        advice = "free or repair it, or set OPPI_CACHE_DIR to a folder that can be written"
-        sys.exit("oppi: cannot unpack into %s: %s; %s" % (root, error.strerror or error, advice))
+        held = hold(folder)
+        for _ in range(9):  # another start may remove what this one made before it is held, but not forever
+            if held < 0:
+                held = unpack(archive, folder, tag)
+        if held < 0:
+            raise OSError("other starts remove it again and again")
+        prune(root, os.path.basename(folder)[:20])
+        if sys.argv[1:2] == ["serve"]:  # the next process need not compile it, and gives back what that takes (15 MB)
+            path = os.path.join(folder, "oppi.py")
+            py_compile.compile(path, cfile=importlib.util.cache_from_source(path))
+            os.execv(sys.executable, [sys.executable, archive] + sys.argv[1:])
     finally:
         os.umask(umask)
 
 
-def compiled(path):
-    # type: (str) -> bool
-    """Whether the module has been compiled; if not, does it, and says no only if that worked."""
-    import importlib.util
-    import py_compile
-
-    cached = importlib.util.cache_from_source(path)
-    if os.path.exists(cached):
-        return True
-    py_compile.compile(path, cfile=cached)
-    return not os.path.exists(cached)
-
-
-def bootstrap(archive, build, targets, supported):
-    # type: (str, str, dict[str, Target], str) -> int
-    """Runs oppi from its private folder, which takes the archive's place on sys.path; sys.argv stays as it is.
-
-    `verify` runs from the archive itself, since the folder is what it doubts.
-    """
-    tag, natives = choose_target(targets, supported)
-    root = cache_root()
-    folder = os.path.join(root, build[:20] + "-" + tag)
-    if sys.argv[1:2] == ["verify"]:
-        sys.path[0] = archive
-        folder = folder if os.path.isdir(folder) else ""
-    else:
-        prepare(archive, root, folder, tag)
-        if sys.argv[1:2] == ["serve"] and not compiled(os.path.join(folder, "oppi.py")):
-            os.execv(sys.executable, [sys.executable, archive] + sys.argv[1:])  # gives back what that cost (15 MB)
-        sys.path[0] = folder
-        sys.meta_path.insert(0, Natives(folder, natives))  # type: ignore[arg-type]
-        sys.dont_write_bytecode = False  # the folder is ours alone, and compiling costs more than everything else
-    import oppi
-
-    setattr(oppi, "ARCHIVE", archive)  # noqa: B010
-    setattr(oppi, "UNPACKED", folder)  # noqa: B010
-    return oppi.main()
-
-
-BOOTSTRAP = (
-    choose_target,
-    cache_root,
-    require_private,
-    Natives,
-    file_sha256,
-    write_synced,
-    publish,
-    unpack,
-    prepare,
-    compiled,
-    bootstrap,
-)
+MAIN_PY = (choose_target, cache_root, require_private, Natives, file_sha256, hold, enter, bootstrap)
+UNPACK_PY = (require_private, hold, write_synced, publish, unpack, prune, first_start)
 
 # ======================================================================================================================
 #  The pinned wheels
@@ -344,7 +415,9 @@ WHEELS: list[Wheel] = [
 #  The builder
 # ======================================================================================================================
 
-Target = tuple[str, tuple[tuple[str, str], ...]]  # tag, (native file, sha256)...
+HEAD = b"""#!/usr/bin/env python3
+# coding: this-archive-is-incomplete--download-it-again
+"""  # Python takes a zip without its end for source, and then complains of this encoding on one line
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold; real times would differ between builds
 
 
@@ -456,30 +529,37 @@ def unpacked_places(wheels: list[Wheel]) -> dict[str, str]:
     return {"oppi.py": "oppi.py", **{f"lib/{wheel.release}/": "" for wheel in wheels if wheel.name != "cffi"}, **natives}
 
 
-def make_target(files: dict[str, bytes], python: str, platform: str) -> tuple[str, Target, dict[str, str]]:
-    """Returns for one interpreter on one platform: what it is known by, the bootstrap's table entry, the places."""
+def make_target(files: dict[str, bytes], python: str, platform: str) -> tuple[str, str, dict[str, str]]:
+    """Returns for one interpreter on one platform: what it is known by, the bootstrap's words on it, the places.
+
+    The words: tag, then each native file with its sha256.  A string, since the table is compiled at each start.
+    """
     places = unpacked_places([wheel_for(name, python, platform) for name in PACKAGES])
     found = [(name, prefix) for prefix in places for name in sorted(files) if name.startswith(prefix)]
-    natives = [(name[len(prefix) :], sha256(files[name])) for name, prefix in found if places[prefix] == "native/"]
-    suffixes = [name[len("_cffi_backend") :] for name, _ in natives if name.startswith("_cffi_backend")]
-    return f"{suffixes[0]} {PLATFORMS[platform][1]}", (f"{python}-{platform}", tuple(natives)), places
+    natives = {name[len(prefix) :]: sha256(files[name]) for name, prefix in found if places[prefix] == "native/"}
+    suffixes = [name[len("_cffi_backend") :] for name in natives if name.startswith("_cffi_backend")]
+    words = [f"{python}-{platform}", *(word for native in natives.items() for word in native)]
+    return f"{suffixes[0]} {PLATFORMS[platform][1]}", " ".join(words), places
 
 
-def main_source(targets: dict[str, Target], supported: str, build: str) -> str:
+def module_source(about: str, parts: tuple[object, ...], end: str) -> str:
+    """Returns the text of a module of the archive: functions of the first half of this file, then `end`."""
+    head = f'"""{about}; made by build_zipapp.py."""\n\nimport os\nimport stat\nimport sys\n'
+    return "\n\n".join([head, *(inspect.getsource(part) for part in parts), end])  # type: ignore[arg-type]
+
+
+def main_source(targets: dict[str, str], supported: str, build: str) -> str:
     """Returns the text of `__main__.py`: the bootstrap's functions and their call."""
-    table = "".join(f"    {key!r}: {target!r},\n" for key, target in targets.items())
-    parts = ['"""Starts oppi from its archive; made by build_zipapp.py."""\n\nimport os\nimport stat\nimport sys\n']
-    parts += [inspect.getsource(function) for function in BOOTSTRAP]
-    parts.append(f"TARGETS = {{\n{table}}}\n")
+    table = "".join(f"    {key!r}: {words!r},\n" for key, words in targets.items())
     call = f"bootstrap(os.path.dirname(os.path.abspath(__file__)), {build!r}, TARGETS, {supported!r})"
-    parts.append(f'if __name__ == "__main__":\n    sys.exit({call})\n')
-    return "\n\n".join(parts)
+    end = f'TARGETS = {{\n{table}}}\n\n\nif __name__ == "__main__":\n    sys.exit({call})\n'
+    return module_source("Starts oppi from its archive", MAIN_PY, end)
 
 
 def assemble(source: bytes, platforms: list[str]) -> tuple[str, dict[str, bytes]]:
     """Returns the build id and the files of the archive."""
     wheels = wheels_for(platforms)
-    files = {"oppi.py": source}
+    files = {"oppi.py": source, "oppi_unpack.py": module_source("Unpacks oppi's archive", UNPACK_PY, "").encode("ascii")}
     licence = os.path.join(os.path.dirname(os.path.abspath(__file__)), "LICENSE")
     with open(licence, "rb") as file:
         files["licenses/LICENSE"] = file.read()
@@ -487,8 +567,8 @@ def assemble(source: bytes, platforms: list[str]) -> tuple[str, dict[str, bytes]
         for wheel, data in zip(wheels, pool.map(fetch, wheels)):
             add_wheel(files, wheel, data)
     made = [make_target(files, python, platform) for platform in platforms for python in PYTHONS]
-    targets = {key: target for key, target, _ in made}
-    unpacked = {target[0]: places for _, target, places in made}
+    targets = {key: words for key, words, _ in made}
+    unpacked = {words.split()[0]: places for _, words, places in made}
     supported = f"CPython 3.{PYTHONS[0][3:]} to 3.{PYTHONS[-1][3:]} on {', '.join(platforms)}"
     hashes = {name: sha256(files[name]) for name in sorted(files)}
     pins = [{"name": w.name, "version": w.version, "file": w.stem + ".whl", "sha256": w.sha256} for w in wheels]
@@ -501,9 +581,9 @@ def assemble(source: bytes, platforms: list[str]) -> tuple[str, dict[str, bytes]
 
 
 def pack_files(files: dict[str, bytes]) -> bytes:
-    """Returns the archive: a line that names the interpreter, then a zip in which nothing depends on this machine."""
+    """Returns the archive: lines for whoever does not see a zip, then one in which nothing depends on this machine."""
     buffer = io.BytesIO()
-    buffer.write(b"#!/usr/bin/env python3\n")
+    buffer.write(HEAD)
     with zipfile.ZipFile(buffer, "a") as pack:
         for name in sorted(files):
             info = zipfile.ZipInfo(name, EPOCH)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import ast
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import build_zipapp
+from tests.bench.common import child_cpu
 from tests.support.tools import find_pythons
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +30,9 @@ SUPPORTED = {python: version for python, version in PYTHONS.items() if version >
 TOO_OLD = {python: version for python, version in PYTHONS.items() if version < (3, 9, 2)}
 STAND_IN = """import sys
 def main(argv=None):
+    if "wait" in sys.argv:
+        print("ready", flush=True)
+        sys.stdin.read()
     if "packages" in sys.argv:
         import cryptography.x509, qrcode, websockets.server
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -69,10 +76,10 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
-def build_stand_in(folder: Path, platform: str) -> Path:
-    """Builds an archive of the stand-in for one platform."""
-    source, path = folder / "oppi.py", folder / "small.pyz"
-    source.write_text(STAND_IN)
+def build_stand_in(folder: Path, platform: str, variant: str = "") -> Path:
+    """Builds an archive of the stand-in for one platform; another `variant` is another build."""
+    source, path = folder / f"oppi{variant}.py", folder / f"small{variant}.pyz"
+    source.write_text(STAND_IN + f"# {variant}\n")
     assert build_zipapp.main(["-o", str(path), "--source", str(source), "--platform", platform]) == 0
     return path
 
@@ -159,8 +166,10 @@ def test_is_small_enough(archive: Path, tmp_path: Path) -> None:
 def test_has_what_each_claimed_python_and_platform_imports(archive: Path, python: str, platform: str) -> None:
     with zipfile.ZipFile(archive) as pack:
         files = {name: pack.read(name) for name in pack.namelist()}
-    key, (tag, natives), _ = build_zipapp.make_target(files, python, platform)
-    assert f"{key!r}: {(tag, natives)!r}" in files["__main__.py"].decode()
+    key, words, _ = build_zipapp.make_target(files, python, platform)
+    assert f"{key!r}: {words!r}" in files["__main__.py"].decode()
+    tag, *rest = words.split()
+    natives = list(zip(rest[::2], rest[1::2]))
     assert tag == f"{python}-{platform}"
     there = {place: files[name] for place, name in places(json.loads(files["manifest.json"]), tag).items()}
     assert {"oppi.py", "qrcode/main.py", "websockets/server.py", "cryptography/__init__.py"} <= set(there)
@@ -271,7 +280,7 @@ def test_verify_runs_from_the_archive_and_judges_nothing_itself(small: Path, hom
     assert sorted(folder.rglob("*")) == before
 
 
-def test_two_first_starts_at_once_both_work(archive: Path, home: Path) -> None:
+def test_first_starts_at_once_all_work(archive: Path, home: Path) -> None:
     environment = {"HOME": str(home), "OPPI_CACHE_DIR": str(home / "cache")}
     command = [sys.executable, "-I", "-S", str(archive), "--version"]
     processes = [subprocess.Popen(command, env=environment, stdout=-1, stderr=-1) for _ in range(4)]
@@ -280,21 +289,259 @@ def test_two_first_starts_at_once_both_work(archive: Path, home: Path) -> None:
     unpacked(home / "cache")
 
 
+def test_first_starts_of_several_builds_at_once_all_work(variants: list[Path], home: Path) -> None:
+    environment = {"HOME": str(home), "OPPI_CACHE_DIR": str(home / "cache")}
+    for _ in range(3):
+        processes = [
+            subprocess.Popen([sys.executable, "-I", "-S", str(path)], env=environment, stdout=-1, stderr=-1)
+            for path in variants * 3
+        ]
+        results = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+        assert results == [(b"", 7)] * len(processes)
+    assert [name for name in os.listdir(home / "cache") if name.endswith(".tmp")] == []
+
+
 def test_the_loser_of_the_race_uses_the_winners_folder(tmp_path: Path) -> None:
     mine, winner = tmp_path / "x.tmp", tmp_path / "x"
     for folder in (mine, winner):
         folder.mkdir()
         (folder / "who").write_text(folder.name)
-    build_zipapp.publish(str(mine), str(winner))
+    assert not build_zipapp.publish(str(mine), str(winner))
     assert (winner / "who").read_text() == "x"
 
 
-def test_an_old_build_is_left_alone(archive: Path, small: Path, home: Path, tmp_path: Path) -> None:
+def test_only_a_first_start_on_a_terminal_says_what_it_does(small: Path, home: Path, tmp_path: Path) -> None:
+    environment = {"HOME": str(home), "OPPI_CACHE_DIR": str(tmp_path / "cache")}
+    shown = []
+    for _ in range(2):
+        ours, theirs = os.openpty()
+        with open(ours, "rb", 0) as terminal:
+            command = [sys.executable, "-I", "-S", str(small)]
+            done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=theirs)
+            os.write(theirs, b"end\n")  # so that there is something to read in any case
+            os.close(theirs)
+            text = b""
+            while not text.endswith(b"end\r\n"):
+                text += terminal.read(1000)
+            shown.append(text)
+        assert done.returncode == 7
+    assert shown == [b"oppi: unpacking for the first start...\r\nend\r\n", b"end\r\n"]
+
+
+def test_a_command_that_loads_nothing_native_costs_little(archive: Path, home: Path, tmp_path: Path) -> None:
+    """Measured by turns, so that all of them see the same machine."""
+    environment = {"HOME": str(home), "PATH": os.defpath, "OPPI_DATA_DIR": str(tmp_path / "data")}
+    commands = {
+        "python": [sys.executable, "-c", "import argparse, json, zipfile"],
+        "status": [sys.executable, str(archive), "status"],
+        "config": [sys.executable, str(archive), "config", "get", "port"],
+    }
+    used: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(12):
+        for name, command in commands.items():
+            used[name].append(child_cpu(command, environment, tmp_path))
+    usual = {name: statistics.median(seconds[1:]) for name, seconds in used.items()}  # the first one unpacks
+    assert usual["status"] <= 1.5 * usual["python"], usual
+    assert usual["config"] <= 1.5 * usual["python"], usual
+
+
+# -- removing what was unpacked before ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three builds for this platform."""
+    folder = tmp_path_factory.mktemp("variants")
+    return [build_stand_in(folder, HERE, variant) for variant in "abc"]
+
+
+@pytest.fixture
+def flock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+    """Returns a function that makes something happen once, right before the next lock is taken."""
+
+    def before_next(happens: Callable[[], Any]) -> None:
+        def locking(descriptor: int, how: int) -> None:
+            monkeypatch.setattr(fcntl, "flock", real)
+            happens()
+            real(descriptor, how)
+
+        monkeypatch.setattr(fcntl, "flock", locking)
+
+    real = fcntl.flock
+    return before_next
+
+
+def names(cache: Path) -> set[str]:
+    """The folders in a cache."""
+    return set(os.listdir(cache))
+
+
+def old_folder(cache: Path, end: str = "") -> Path:
+    """Makes a folder like one that another build has left."""
+    folder = cache / f"{'0' * 20}-cp311-{HERE}{end}"
+    (folder / "native").mkdir(parents=True)
+    (folder / "native" / "x.so").write_text("")
+    return folder
+
+
+def test_an_old_build_is_removed_unless_it_is_in_use(variants: list[Path], home: Path, tmp_path: Path) -> None:
+    used, first, second = variants
     cache = {"OPPI_CACHE_DIR": str(tmp_path / "cache")}
-    assert start(small, home, **cache).returncode == 7
-    assert start(archive, home, "--version", **cache).returncode == 0
-    assert len(os.listdir(tmp_path / "cache")) == 2
-    assert start(small, home, **cache).returncode == 7
+    command = [sys.executable, "-I", "-S", str(used), "wait"]
+    with subprocess.Popen(command, env={"HOME": str(home), **cache}, stdin=-1, stdout=-1) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        kept = unpacked(tmp_path / "cache")
+        assert start(first, home, **cache).returncode == 7
+        assert len(names(tmp_path / "cache")) == 2
+        (old,) = names(tmp_path / "cache") - {kept.name}
+        assert start(second, home, **cache).returncode == 7
+        assert kept.is_dir() and len(names(tmp_path / "cache")) == 2 and old not in names(tmp_path / "cache")
+        process.communicate(timeout=60)
+        assert process.returncode == 7
+    assert start(second, home, **cache).returncode == 7
+    assert kept.is_dir()  # only a first start looks for what is left
+    assert start(first, home, **cache).returncode == 7
+    assert names(tmp_path / "cache") == {old}
+
+
+def test_a_server_that_unpacked_itself_holds_its_folder(
+    archive: Path, small: Path, home: Path, tmp_path: Path
+) -> None:
+    """Its first start ends in another one of the same process, where the lock has to be taken anew."""
+    cache = {"OPPI_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {"HOME": str(home), "PATH": os.defpath, "OPPI_DATA_DIR": str(tmp_path / "data"), **cache}
+    command = [sys.executable, str(archive), "serve", "--port", "0", "--host", "127.0.0.1"]
+    with subprocess.Popen(command, env=environment, stdout=-1, stdin=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            assert b"is listening" in process.stdout.readline()
+            kept = unpacked(tmp_path / "cache")
+            assert len(list(kept.glob("__pycache__/oppi.*.pyc"))) == 1
+            assert start(small, home, **cache).returncode == 7
+            assert kept.is_dir()
+        finally:
+            process.terminate()
+            process.stdout.read()
+    build_zipapp.prune(str(tmp_path / "cache"), "none")
+    assert names(tmp_path / "cache") == set()
+
+
+def test_only_what_nobody_holds_and_what_is_ours_is_removed(tmp_path: Path) -> None:
+    kept = {"notes", "0123-cp311-linux-x86_64", f"{'a' * 20}-cp312-{HERE}", f"{'0' * 20}-cp39-{HERE}"}
+    for name in kept - {f"{'0' * 20}-cp39-{HERE}"}:
+        (tmp_path / name).mkdir()
+    (tmp_path / f"{'0' * 20}-cp39-{HERE}").symlink_to(tmp_path / "notes")
+    held = build_zipapp.hold(str(old_folder(tmp_path, f".{'1' * 16}.tmp")))  # somebody unpacks it just now
+    assert not os.get_inheritable(held)
+    old_folder(tmp_path)
+    old_folder(tmp_path, f".{'2' * 16}.tmp")
+    (tmp_path / f"{'a' * 20}-cp312-{HERE}.{'3' * 16}.tmp").mkdir()
+    build_zipapp.prune(str(tmp_path), "a" * 20)
+    assert names(tmp_path) == kept | {f"{'0' * 20}-cp311-{HERE}.{'1' * 16}.tmp"}
+    os.close(held)
+    build_zipapp.prune(str(tmp_path), "a" * 20)
+    assert names(tmp_path) == kept
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_is_removed_before_it_is_locked_is_not_held(
+    tmp_path: Path, flock: Callable[[Callable[[], Any]], None], again: bool
+) -> None:
+    folder, moved = old_folder(tmp_path), tmp_path / "moved"
+
+    def remove() -> None:
+        folder.rename(moved)
+        if again:
+            old_folder(tmp_path)
+
+    flock(remove)
+    before = len(os.listdir("/dev/fd"))
+    assert build_zipapp.hold(str(folder)) == -1
+    assert len(os.listdir("/dev/fd")) == before
+    assert build_zipapp.hold(str(tmp_path / "nothing")) == -1
+
+
+def test_a_folder_that_is_made_anew_is_not_removed_for_the_old_one(
+    tmp_path: Path, flock: Callable[[Callable[[], Any]], None]
+) -> None:
+    folder = old_folder(tmp_path)
+
+    def swap() -> None:
+        folder.rename(tmp_path / "moved")
+        old_folder(tmp_path)
+
+    flock(swap)
+    build_zipapp.prune(str(tmp_path), "a" * 20)
+    assert names(tmp_path) == {folder.name, "moved"}
+
+
+def test_nothing_is_removed_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    held = build_zipapp.hold(str(old_folder(tmp_path)))
+    build_zipapp.prune(str(tmp_path), "a" * 20)
+    assert len(names(tmp_path)) == 1
+    os.close(held)
+
+
+def test_what_is_being_unpacked_is_held_from_the_first_file_to_the_last_use(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag, write, seen = f"cp311-{HERE}", build_zipapp.write_synced, []
+    folder = tmp_path / f"{'b' * 20}-{tag}"
+
+    def write_and_prune(path: str, data: bytes) -> None:
+        build_zipapp.prune(str(tmp_path), "none")
+        seen.append(names(tmp_path))
+        write(path, data)
+
+    monkeypatch.setattr(build_zipapp, "write_synced", write_and_prune)
+    held = build_zipapp.unpack(str(small), str(folder), tag)
+    assert held >= 0 and len(seen) > 100
+    assert all(len(found) == 1 and found == seen[0] for found in seen)
+    build_zipapp.prune(str(tmp_path), "none")
+    assert names(tmp_path) == {folder.name}
+    os.close(held)
+    build_zipapp.prune(str(tmp_path), "none")
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("at", ["before the lock", "after the last file"])
+def test_a_first_start_whose_folder_is_removed_starts_over(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: Callable[[Callable[[], Any]], None], at: str
+) -> None:
+    tag, publish, root = f"cp311-{HERE}", build_zipapp.publish, tmp_path / "cache"
+    folder = root / f"{'b' * 20}-{tag}"
+
+    def lose(temporary: str, final: str) -> bool:
+        """Another start was faster, and what it made is gone before it can be held."""
+        monkeypatch.setattr(build_zipapp, "publish", publish)
+        return False
+
+    def remove_all() -> None:
+        for path in root.iterdir():
+            shutil.rmtree(path)
+
+    monkeypatch.setattr(sys, "argv", ["oppi"])
+    root.mkdir(mode=0o700)
+    if at == "before the lock":
+        flock(remove_all)
+    else:
+        monkeypatch.setattr(build_zipapp, "publish", lose)
+    build_zipapp.first_start(str(small), str(root), str(folder), tag)
+    assert (folder / "oppi.py").is_file()
+    assert names(root) == {folder.name}
+    build_zipapp.prune(str(root), "none")
+    assert names(root) == {folder.name}  # held
+
+
+def test_a_first_start_does_not_try_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_zipapp, "unpack", lambda archive, folder, tag: -1)
+    with pytest.raises(OSError, match="again and again"):
+        build_zipapp.first_start("oppi.pyz", str(tmp_path / "cache"), str(tmp_path / "cache" / "x"), "tag")
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------------
@@ -302,7 +549,13 @@ def test_an_old_build_is_left_alone(archive: Path, small: Path, home: Path, tmp_
 
 def test_the_bootstrap_parses_on_every_python(archive: Path) -> None:
     with zipfile.ZipFile(archive) as pack:
-        source = pack.read("__main__.py").decode("ascii")
+        sources = [pack.read(name).decode("ascii") for name in ("__main__.py", "oppi_unpack.py")]
+    for source in sources:
+        check_syntax(source)
+
+
+def check_syntax(source: str) -> None:
+    """Checks that a source has no syntax that Python 2.7 or an early Python 3 does not know."""
     for version in ((3, 4), (3, 6), (3, 9)):
         ast.parse(source, feature_version=version)
     newer = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.AsyncFunctionDef, ast.Nonlocal, ast.Starred)
@@ -368,6 +621,14 @@ def test_a_damaged_archive_is_refused_and_leaves_nothing(archive: Path, home: Pa
     line = refused(start(broken, home, "--version", OPPI_CACHE_DIR=str(tmp_path / "cache")))
     assert line == f"oppi: {broken} is damaged; download or build it again"
     assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("size", [100, 1000, 0.5, -1])
+def test_an_incomplete_archive_is_told_apart(archive: Path, home: Path, tmp_path: Path, size: float) -> None:
+    data, broken = archive.read_bytes(), tmp_path / "broken.pyz"
+    broken.write_bytes(data[: int(len(data) * size) if size == 0.5 else int(size)])
+    line = refused(start(broken, home, "--version"))
+    assert line.endswith("this-archive-is-incomplete--download-it-again")
 
 
 def test_a_flipped_byte_inside_the_archive_is_refused(archive: Path, home: Path, tmp_path: Path) -> None:
