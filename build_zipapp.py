@@ -2,6 +2,7 @@
 """Builds `oppi.pyz`: oppi.py, the three packages it needs and their native code in one file that Python runs.
 
     python3 build_zipapp.py [-o oppi.pyz] [--platform linux-x86_64]...
+    python3 build_zipapp.py --update
 
 The archive is meant to be checked by people who do not trust whoever built it:
 
@@ -18,16 +19,19 @@ plain Python that also parses on 2.7, where it says what is missing.  The second
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import inspect
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -440,17 +444,18 @@ def cache_folder() -> str:
     return folder
 
 
-def pip_arguments(wheel: Wheel) -> list[str]:
-    """Makes pip resolve for the wheel's interpreter and platform instead of the one that runs the build."""
-    python, abi, platform = wheel.tag.split("-")
-    if wheel.tag == ANY:
-        version, implementation = "3.14", "py"
-    else:  # 3.9.0 and 3.9.1 are refused by cryptography, and pip takes "3.9" for 3.9.0
-        version, implementation = "3.9.2" if python == "cp39" else f"3.{python[3:]}", "cp"
-    return [
-        *("--python-version", version, "--implementation", implementation),
-        *("--abi", abi, "--platform", platform.split(".")[0]),
-    ]
+def pip_download(folder: str, tag: str, python: str, *what: str) -> str:
+    """Lets pip put one wheel into `folder`, resolved for that interpreter and platform instead of those of the build."""
+    implementation, abi, platform = tag.split("-")
+    version = "3.9.2" if python == "cp39" else f"3.{python[3:]}"  # cryptography refuses 3.9.0, and so takes pip "3.9"
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", folder]
+    command += ["--only-binary", ":all:", "--python-version", version, "--implementation", implementation[:2]]
+    command += ["--abi", abi, "--platform", platform.split(".")[0], *what]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    found = [name for name in os.listdir(folder) if name.endswith(".whl")]
+    if done.returncode or len(found) != 1:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stdout.strip()}")
+    return found[0]
 
 
 def download(wheel: Wheel, folder: str) -> None:
@@ -459,14 +464,11 @@ def download(wheel: Wheel, folder: str) -> None:
         requirements = os.path.join(temporary, "requirements.txt")
         with open(requirements, "w", encoding="ascii") as file:
             file.write(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-        command += ["--require-hashes", "--only-binary", ":all:", *pip_arguments(wheel)]
-        command += ["--dest", temporary, "-r", requirements]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        found = os.path.join(temporary, wheel.stem + ".whl")
-        if done.returncode or not os.path.exists(found):
-            raise BuildError(f"pip could not download {wheel.stem}.whl:\n{done.stdout.strip()}")
-        os.replace(found, os.path.join(folder, wheel.stem + ".whl"))
+        python = PYTHONS[-1] if wheel.tag == ANY else wheel.tag.split("-")[0]
+        found = pip_download(temporary, wheel.tag, python, "--require-hashes", "-r", requirements)
+        if found != wheel.stem + ".whl":
+            raise BuildError(f"pip found {found} instead of {wheel.stem}.whl")
+        os.replace(os.path.join(temporary, found), os.path.join(folder, found))
 
 
 def fetch(wheel: Wheel) -> bytes:
@@ -593,13 +595,71 @@ def pack_files(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def write_archive(path: str, data: bytes) -> None:
-    """Replaces the archive at once, so that a running `oppi.pyz` never sees half of a new one."""
+def replace_file(path: str, data: bytes, mode: int) -> None:
+    """Replaces a program at once, so that whoever runs it never sees half of a new one."""
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         file.write(data)
-    os.chmod(temporary, 0o755)
+    os.chmod(temporary, mode)
     os.replace(temporary, path)
+
+
+# Renewing the pins
+
+
+def newest(name: str, tag: str, python: str) -> Wheel:
+    """Returns the newest wheel of a package with exactly this tag that an interpreter can use; it stays in the cache."""
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+        found = pip_download(temporary, tag, python, name)
+        _, version, got = found[: -len(".whl")].split("-", 2)
+        if got != tag:
+            raise BuildError(f"{found} is tagged otherwise than the table of platforms says: {tag}")
+        with open(os.path.join(temporary, found), "rb") as file:
+            wheel = Wheel(name, version, tag, sha256(file.read()))
+        os.replace(os.path.join(temporary, found), os.path.join(cache_folder(), found))
+    return wheel
+
+
+def newest_wheels() -> dict[tuple[str, str, str], Wheel]:
+    """Returns, by (name, tag, Python), what the table should hold; what all Pythons share has to fit the oldest."""
+    wanted = [("websockets", ANY, python) for python in PYTHONS] + [("qrcode", ANY, PYTHONS[0])]
+    suffixes = [suffix for suffix, _ in PLATFORMS.values()]
+    wanted += [("cryptography", f"cp39-abi3-{suffix}", PYTHONS[0]) for suffix in suffixes]
+    wanted += [("cffi", f"{python}-{python}-{suffix}", python) for suffix in suffixes for python in PYTHONS]
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(wanted, pool.map(lambda want: newest(*want), wanted)))
+
+
+def table_source(wheels: Iterable[Wheel]) -> str:
+    """Returns the lines of the table of wheels as they stand in this file."""
+    platforms = {suffix: platform for platform, (suffix, _) in PLATFORMS.items()}
+    groups: dict[str, dict[str, str]] = {}
+    for wheel in wheels:
+        python, abi, suffix = wheel.tag.split("-")
+        head = f'    *pinned("{wheel.name}", "{wheel.version}", "{platforms.get(suffix, "")}", {{'
+        groups.setdefault(head, {})["ANY" if wheel.tag == ANY else f'"{python}-{abi}"'] = wheel.sha256
+    text = ""
+    for head, hashes in groups.items():
+        cells = [f'{tag}: "{digest}"' for tag, digest in hashes.items()]
+        lines = "".join(f"\n        {cell}," for cell in cells) + "\n    "
+        text += head + (cells[0] if "ANY" in hashes else lines) + "}),\n"
+    return text
+
+
+def update(path: str) -> str:
+    """Writes the newest versions and their hashes into the builder at `path`; returns the difference."""
+    found = newest_wheels()
+    websockets = {python: found["websockets", ANY, python].version for python in PYTHONS}
+    older = {python: version for python, version in websockets.items() if version != websockets[PYTHONS[-1]]}
+    with open(path, encoding="utf-8") as file:
+        old = file.read()
+    new = re.sub(r"(?m)^WEBSOCKETS = \{.*?\}", lambda _: f"WEBSOCKETS = {json.dumps(older)}", old, count=1)
+    table = f"WHEELS: list[Wheel] = [\n{table_source(found.values())}]\n"
+    new = re.sub(r"(?ms)^WHEELS: list\[Wheel\] = \[\n.*?^\]\n", lambda _: table, new, count=1)
+    if new != old:
+        replace_file(path, new.encode("utf-8"), 0o644)
+    names = (os.path.basename(path), os.path.basename(path) + " (updated)")
+    return "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), *names))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -609,14 +669,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", default="oppi.pyz", help="the file to write (default: %(default)s)")
     parser.add_argument("--source", default=os.path.join(here, "oppi.py"), help="the oppi.py to pack")
     parser.add_argument("--platform", action="append", choices=list(PLATFORMS), help="only these (default: all)")
+    parser.add_argument("--update", action="store_true", help="instead: pin the newest wheels, in this file, and show how")
     options = parser.parse_args(argv)
     platforms = [name for name in PLATFORMS if name in (options.platform or PLATFORMS)]
     try:
+        if options.update:
+            print(update(os.path.abspath(__file__)), end="")
+            return 0
         with open(options.source, "rb") as file:
             source = file.read()
         build, files = assemble(source, platforms)
         data = pack_files(files)
-        write_archive(options.output, data)
+        replace_file(options.output, data, 0o755)
     except (BuildError, OSError) as error:
         print(f"build_zipapp: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ import ast
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging import tags
 
 import build_zipapp
 from tests.bench.common import child_cpu
@@ -168,6 +170,10 @@ def test_has_what_each_claimed_python_and_platform_imports(archive: Path, python
         files = {name: pack.read(name) for name in pack.namelist()}
     key, words, _ = build_zipapp.make_target(files, python, platform)
     assert f"{key!r}: {words!r}" in files["__main__.py"].decode()
+    assert {wheel["sha256"] for wheel in json.loads(files["manifest.json"])["wheels"]} >= {
+        importable(build_zipapp.wheel_for(name, python, platform), python, platform).sha256
+        for name in build_zipapp.PACKAGES
+    }
     tag, *rest = words.split()
     natives = list(zip(rest[::2], rest[1::2]))
     assert tag == f"{python}-{platform}"
@@ -180,8 +186,36 @@ def test_has_what_each_claimed_python_and_platform_imports(archive: Path, python
         assert f"-{python[2:]}-" in name or f"cpython-{python[2:]}" in name or name.endswith(".abi3.so")
 
 
+def importable(wheel: build_zipapp.Wheel, python: str, platform: str) -> build_zipapp.Wheel:
+    """Checks that an installer would take the wheel for this interpreter, on the oldest system the platform stands for."""
+    version = (3, int(python[3:]))
+    suffixes = build_zipapp.PLATFORMS[platform][0].split(".")
+    if platform.startswith("macos"):
+        suffixes = list(tags.mac_platforms((11, 0), "arm64"))
+    fitting = {*tags.cpython_tags(version, [python], suffixes), *tags.compatible_tags(version, python, suffixes)}
+    assert tags.parse_tag(wheel.tag) & fitting
+    return wheel
+
+
+def test_everything_is_as_it_is_in_the_pinned_wheels(archive: Path) -> None:
+    ours = {"oppi.py", "oppi_unpack.py", "__main__.py", "manifest.json", "licenses/LICENSE"}
+    with zipfile.ZipFile(archive) as pack:
+        left = set(pack.namelist()) - ours
+        for wheel in build_zipapp.WHEELS:
+            data = build_zipapp.fetch(wheel)
+            assert hashlib.sha256(data).hexdigest() == wheel.sha256
+            with zipfile.ZipFile(io.BytesIO(data)) as original:
+                for name in original.namelist():
+                    place = build_zipapp.place(wheel, name)
+                    if place:
+                        assert pack.read(place) == original.read(name)
+                        left.discard(place)
+                    assert place or not name.endswith(".so")
+    assert left == set()
+
+
 def check_binary(data: bytes, platform: str) -> None:
-    """Checks the machine of a native file and, on macOS, that its signature ends where the file ends."""
+    """Checks the machine of a native file, on macOS that its signature ends where it does, on Linux which glibc it needs."""
     if platform == "macos-arm64":
         word = [int.from_bytes(data[at : at + 4], "little") for at in range(0, 32, 4)]
         assert word[:2] == [MACHO, 0x0100000C]
@@ -196,12 +230,17 @@ def check_binary(data: bytes, platform: str) -> None:
     else:
         machine = {"linux-x86_64": 62, "linux-aarch64": 183}[platform]
         assert data[:5] == b"\x7fELF\x02" and int.from_bytes(data[18:20], "little") == machine
+        promised = tuple(map(int, re.findall(r"manylinux_(\d+)_(\d+)_", build_zipapp.PLATFORMS[platform][0])[0]))
+        needed = {tuple(map(int, found.split(b"."))) for found in re.findall(rb"\0GLIBC_([0-9.]+)(?=\0)", data)}
+        assert needed and max(needed) <= promised
 
 
 def test_two_builds_are_equal_whatever_surrounds_them(archive: Path, tmp_path: Path, umask: None) -> None:
     os.umask(0o077)
+    for name in ("build_zipapp.py", "oppi.py", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
     environment = {**os.environ, "TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONHASHSEED": "99"}
-    command = [sys.executable, str(ROOT / "build_zipapp.py")]
+    command = [sys.executable, "build_zipapp.py"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "oppi.pyz").read_bytes() == archive.read_bytes()
     assert (tmp_path / "oppi.pyz").stat().st_mode & 0o777 == 0o755
@@ -663,10 +702,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(archive: Path, home: Path, t
     assert os.listdir(tmp_path / "cache") == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_cache_is_one_line(archive: Path, home: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir(mode=0o500)
-    assert "Permission denied" in refused(start(archive, home, OPPI_CACHE_DIR=str(tmp_path / "cache")))
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("fails", ["makedirs", "mkdir", "fsync", "rename"])
+def test_whatever_the_system_refuses_is_one_line_and_leaves_nothing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, code: int
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code), "x")
+
+    root = tmp_path / "cache"
+    if fails != "makedirs":
+        root.mkdir(mode=0o700)
+    monkeypatch.setitem(sys.modules, "oppi_unpack", build_zipapp)
+    monkeypatch.setattr(os, fails, refuse)
+    with pytest.raises(SystemExit) as refused:
+        build_zipapp.enter(str(small), str(root), str(root / f"{'b' * 20}-cp311-{HERE}"), f"cp311-{HERE}")
+    advice = "free or repair it, or set OPPI_CACHE_DIR to a folder that can be written"
+    assert refused.value.code == f"oppi: cannot unpack into {root}: {os.strerror(code)}; {advice}"
+    assert not root.exists() or os.listdir(root) == []
 
 
 def test_a_cache_that_others_can_fill_is_refused(archive: Path, home: Path, tmp_path: Path, umask: None) -> None:
