@@ -7828,7 +7828,7 @@ class TerminalPhone:
         raise UsageError("There is no workspace yet; make one in the app")
 
     def _past(self, event: Json) -> None:
-        text = shown(str(event.get("text") or event.get("output") or ""))
+        text = shown(str(event.get("text") or ""))
         if event.get("type") == "user":
             self.say(f"> {text}")
         elif event.get("type") == "toolCall":
@@ -8007,11 +8007,11 @@ class TerminalPhone:
 
 
 @contextlib.contextmanager
-def terminal_phone(store: Store, port: int, **how: Any) -> Iterator[TerminalPhone]:
+def terminal_phone(store: Store, host: str, port: int, **how: Any) -> Iterator[TerminalPhone]:
     """A phone that is paired for as long as it is used."""
     secret, name = new_token("pt"), f"Terminal {clock(now_ms())}"
     store.change_access(lambda access: access.invite("v3", secret, now_ms() + 10_000, name))
-    phone = TerminalPhone("127.0.0.1", port, "", **how)
+    phone = TerminalPhone("127.0.0.1" if host in ("0.0.0.0", "::") else host, port, "", **how)
     phone.token = str(phone.call("POST", "/pair", {"pairingToken": secret}).get("deviceToken"))
     try:
         yield phone
@@ -8028,7 +8028,7 @@ def cmd_chat(store: Store, args: argparse.Namespace) -> int:
     server = running(store.root)
     if not server.get("port"):
         raise UsageError("The server does not run. Start it with: oppi serve")
-    with terminal_phone(store, server["port"]) as phone:
+    with terminal_phone(store, server["host"], server["port"]) as phone:
         phone.open(args.session or "")
         asyncio.run(phone.run())
     return 0
@@ -8126,7 +8126,7 @@ def cmd_demo(store: Store, args: argparse.Namespace) -> int:
 
 def play_demo(store: Store, port: int, project: str, args: argparse.Namespace) -> int:
     print(f"  A private server runs on 127.0.0.1:{port}, with a scripted agent in place of pi.")
-    with terminal_phone(store, port, play=DEMO_PROMPT, yes=args.yes) as phone:
+    with terminal_phone(store, "127.0.0.1", port, play=DEMO_PROMPT, yes=args.yes) as phone:
         print("  This terminal is paired with it, as a phone would be.\n")
         body = {"name": "Demo", "runtime": "host", "hostMount": project, "policyPreset": "host_standard", "skills": []}
         workspace = obj(phone.call("POST", "/workspaces", body).get("workspace"))
