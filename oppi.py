@@ -186,11 +186,15 @@ def new_token(prefix: str) -> str:
     return f"{prefix}_{secrets.token_urlsafe(18)}"
 
 
-def token_hash(token: str) -> str:
-    """What is stored of a token.  144 random bits need no salt and no slow hash."""
+def sha256(data: bytes) -> str:
     import hashlib
 
-    return "sha256:" + hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+    return hashlib.sha256(data).hexdigest()
+
+
+def token_hash(token: str) -> str:
+    """What is stored of a token.  144 random bits need no salt and no slow hash."""
+    return "sha256:" + sha256(token.encode("utf-8", "replace"))
 
 
 def same_secret(left: str, right: str) -> bool:
@@ -4088,7 +4092,7 @@ class AuditLog:
             self._head = self._resumed(tail) if self._head is None else self._head
             line = encode({**entry, "prev": self._head})
             file.write((b"\n" if tail and not tail.endswith(b"\n") else b"") + line + b"\n")
-        self._head = line_hash(line)
+        self._head = sha256(line)
         descriptor = os.open(self.head_path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "wb") as file:
             file.write(self._head.encode())
@@ -4097,7 +4101,7 @@ class AuditLog:
 
     def _resumed(self, tail: bytes) -> str:
         """The hash to go on from: that of audit.head, or of the last line if a crash came between the two."""
-        head, last = self.head(), line_hash(tail.rstrip(b"\n")) if tail else ""
+        head, last = self.head(), sha256(tail.rstrip(b"\n")) if tail else ""
         return last if not head or (tail and self._entry(tail).get("prev") == head) else head
 
     def head(self) -> str:
@@ -4136,16 +4140,10 @@ class AuditLog:
                 elif previous is not None and previous != last and (count or (previous and path == self.path)):
                     problems.append(f"{place} does not follow the line before it: one was changed, moved or removed")
                 chained = chained or previous is not None
-                count, last, behind = count + 1, line_hash(line), str(previous or "")
+                count, last, behind = count + 1, sha256(line), str(previous or "")
         if self.head() not in ("", last, behind):
             problems.append("the last line was changed or removed")
         return count, problems
-
-
-def line_hash(line: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(line).hexdigest()
 
 
 def file_stamp(path: str) -> Any:
@@ -8779,12 +8777,6 @@ def cmd_version(store: Store, args: argparse.Namespace) -> int:
         version = ".".join(map(str, asyncio.run(pi.known_version()))) or None
         facts.update(build=manifest.get("build"), wheels=wheels, pi=version, oppi=sha256(source()))
     return show(args, facts, [f"oppi {__version__}"])
-
-
-def sha256(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 def source() -> bytes:
