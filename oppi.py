@@ -483,7 +483,9 @@ def parse_setting(path: str, text: str) -> Any:
 # An invite carries its own short-lived secret and never the owner token.  `cryptography` is
 # imported only to sign or to make a key: a fingerprint needs nothing but a hash.
 
-SPKI_ED25519 = bytes.fromhex("302a300506032b6570032100")  # fixed DER header before the 32 raw bytes
+KEY_PREFIXES = {  # RFC 8410: the fixed DER bytes before the 32 of a key
+    "PRIVATE": bytes.fromhex("302e020100300506032b657004220420"), "PUBLIC": bytes.fromhex("302a300506032b6570032100"),
+}  # fmt: skip
 WRONG_TRIES = 5  # wrong pairing tokens after which every outstanding v3 invite is dead
 PAIR_WINDOW_S, PAIR_BLOCK_S = 60, 120  # five failures of one address in the window block it so long
 PAIRING_TTL_S = 90  # life of an app 1.1 invite
@@ -499,15 +501,23 @@ def b64u(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def public_raw(public_pem: str) -> bytes:
-    """The 32 key bytes of an SPKI PEM.  Raises ValueError if it is not an Ed25519 public key."""
+def key_pem(half: str, raw: bytes) -> str:
+    """The PEM (PKCS#8 or SPKI) of the 32 bytes of an Ed25519 key, `half` being PRIVATE or PUBLIC."""
     import base64
 
-    body = "".join(line for line in public_pem.splitlines() if not line.startswith("-----"))
-    der = base64.b64decode(body, validate=True)
-    if not der.startswith(SPKI_ED25519) or len(der) != len(SPKI_ED25519) + 32:
-        raise ValueError("not an Ed25519 public key")
-    return der[len(SPKI_ED25519) :]
+    body = base64.b64encode(KEY_PREFIXES[half] + raw).decode()
+    return f"-----BEGIN {half} KEY-----\n{body}\n-----END {half} KEY-----\n"
+
+
+def key_raw(half: str, pem: str) -> bytes:
+    """The 32 bytes of that half of an Ed25519 key.  Raises ValueError if the PEM holds anything else."""
+    import base64
+
+    prefix = KEY_PREFIXES[half]
+    der = base64.b64decode("".join(line for line in pem.splitlines() if not line.startswith("-----")), validate=True)
+    if not der.startswith(prefix) or len(der) != len(prefix) + 32:
+        raise ValueError(f"not an Ed25519 {half.lower()} key")
+    return der[len(prefix) :]
 
 
 def fingerprint(raw: bytes) -> str:
@@ -519,31 +529,21 @@ def fingerprint(raw: bytes) -> str:
 
 def generate_identity() -> tuple[str, str]:
     """A fresh (private PKCS#8 PEM, public SPKI PEM)."""
-    from cryptography.hazmat.primitives import serialization as ser
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
-    return private.decode(), public_pem(private.decode())
+    private = key_pem("PRIVATE", Ed25519PrivateKey.generate().private_bytes_raw())
+    return private, public_pem(private)
 
 
 def _private_key(private_pem: str) -> Any:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    key = load_pem_private_key(private_pem.encode(), None)
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError("not an Ed25519 private key")
-    return key
+    return Ed25519PrivateKey.from_private_bytes(key_raw("PRIVATE", private_pem))
 
 
 def public_pem(private_pem: str) -> str:
     """The public half of a private key.  Raises ValueError if it is not an Ed25519 key."""
-    from cryptography.hazmat.primitives import serialization as ser
-
-    public = _private_key(private_pem).public_key()
-    pem: bytes = public.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
-    return pem.decode()
+    return key_pem("PUBLIC", _private_key(private_pem).public_key().public_bytes_raw())
 
 
 class Invite(NamedTuple):
@@ -572,7 +572,7 @@ def signed_invite(invite: Invite, private_pem: str, key_id: str, now: int, max_a
     key, iat = _private_key(private_pem), now // 1000
     envelope: Json = {
         "v": 2, "alg": "Ed25519", "kid": key_id, "iat": iat, "exp": iat + max_age_s, "nonce": nonce,
-        "publicKey": b64u(public_raw(public_pem(private_pem))), "payload": invite._asdict(),
+        "publicKey": b64u(key_raw("PUBLIC", public_pem(private_pem))), "payload": invite._asdict(),
     }
     envelope["sig"] = b64u(key.sign(signing_input(envelope).encode()))
     return envelope
@@ -3990,7 +3990,7 @@ class Store:
         try:
             if not os.path.exists(public):
                 write_file(public, public_pem(read_text(private)).encode())
-            print_ = fingerprint(public_raw(read_text(public)))
+            print_ = fingerprint(key_raw("PUBLIC", read_text(public)))
         except (OSError, ValueError) as error:
             raise UsageError(f"The identity key {private} cannot be used: {error}") from None
         if print_ != known:
@@ -4003,10 +4003,10 @@ class Store:
         if not os.path.exists(private):
             self.identity(create=True)
         try:
-            derived = public_raw(public_pem(read_text(private)))
+            derived = key_raw("PUBLIC", public_pem(read_text(private)))
         except ValueError:
             raise UsageError(f"The identity key {private} cannot be read as an Ed25519 key") from None
-        if os.path.exists(public) and public_raw(read_text(public)) != derived:
+        if os.path.exists(public) and key_raw("PUBLIC", read_text(public)) != derived:
             raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
 
 

@@ -44,7 +44,7 @@ def signed(vector: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("vector", V2)
 def test_keys_and_fingerprint_of_the_vectors(vector: dict[str, Any]) -> None:
     identity = vector["identity"]
-    raw = oppi.public_raw(identity["publicKeyPem"])
+    raw = oppi.key_raw("PUBLIC", identity["publicKeyPem"])
     assert raw.hex() == identity["publicKeyRawHex"]
     assert oppi.fingerprint(raw) == identity["fingerprint"]
     assert oppi.public_pem(identity["privateKeyPem"]).strip() == identity["publicKeyPem"].strip()
@@ -91,7 +91,9 @@ def test_a_fresh_identity_signs_what_its_public_half_verifies() -> None:
     assert private != oppi.generate_identity()[0]
     assert private.startswith("-----BEGIN PRIVATE KEY-----\n")
     assert (len(private), len(public)) == (119, 113)
-    invite = oppi.Invite("h", 1, "t", "n", oppi.fingerprint(oppi.public_raw(public)))
+    key = serialization.load_pem_private_key(private.encode(), None)
+    assert key.public_key() == serialization.load_pem_public_key(public.encode())
+    invite = oppi.Invite("h", 1, "t", "n", oppi.fingerprint(oppi.key_raw("PUBLIC", public)))
     envelope = oppi.signed_invite(invite, private, "k", 5_999, 60, "n")
     assert (envelope["iat"], envelope["exp"]) == (5, 65)
     verify(envelope)
@@ -100,7 +102,7 @@ def test_a_fresh_identity_signs_what_its_public_half_verifies() -> None:
 @pytest.mark.parametrize("pem", ["", "junk", "-----BEGIN PUBLIC KEY-----\nMCow\n-----END PUBLIC KEY-----"])
 def test_what_is_no_ed25519_public_key_is_refused(pem: str) -> None:
     with pytest.raises(ValueError):
-        oppi.public_raw(pem)
+        oppi.key_raw("PUBLIC", pem)
 
 
 def test_another_kind_of_private_key_is_refused() -> None:
