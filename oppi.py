@@ -167,6 +167,19 @@ TOKEN_TEXT = r"\b(sk|dt|pt)_[A-Za-z0-9_-]{8,}"
 SURROGATE = "[\ud800-\udfff]"
 
 
+def require(good: Any, text: str) -> None:
+    """Raises BadRequest unless `good`."""
+    if not good:
+        raise BadRequest(text)
+
+
+def existing(value: Any, text: str) -> Any:
+    """`value`.  Raises NotFound if it is None."""
+    if value is None:
+        raise NotFound(text)
+    return value
+
+
 def now_ms() -> int:
     """Wall clock in integer milliseconds since the epoch, the time unit of the wire."""
     return int(time.time() * 1000)
@@ -487,6 +500,8 @@ KEY_PREFIXES = {  # RFC 8410: the fixed DER bytes before the 32 of a key
     "PRIVATE": bytes.fromhex("302e020100300506032b657004220420"), "PUBLIC": bytes.fromhex("302a300506032b6570032100"),
 }  # fmt: skip
 WRONG_TRIES = 5  # wrong pairing tokens after which every outstanding v3 invite is dead
+TAILNETS = ("100.64.0.0/10", "fd7a:115c:a1e0::/48")  # what Tailscale gives to the machines of a tailnet
+STRICT_INVITE_S, STRICT_UNUSED_MS = 600, 90 * 86_400_000  # how long invites live, and devices that are not used
 PAIR_WINDOW_S, PAIR_BLOCK_S = 60, 120  # five failures of one address in the window block it so long
 PAIRING_TTL_S = 90  # life of an app 1.1 invite
 DEVICE_TYPES = {"string": "id name kind hash"}
@@ -598,8 +613,8 @@ class Access:
     it returns what it did; the caller stores it.  Times are ms.
     """
 
-    def __init__(self, state: Json, owner: str = "", moved: Sequence[str] = ()) -> None:
-        self.state, self.owner = state, owner
+    def __init__(self, state: Json, owner: str = "", moved: Sequence[str] = (), unused_ms: float = math.inf) -> None:
+        self.state, self.owner, self.unused_ms = state, owner, unused_ms
         self.devices: list[Json] = state.setdefault("devices", [])
         self.invites: list[Json] = state.setdefault("invites", [])
         self.moved = {"moved:" + token_hash(token)[-12:]: token for token in moved}  # by principal
@@ -668,16 +683,37 @@ class Access:
         return device_token
 
     def expire(self, now: int) -> bool:
-        """Drop invites past their time; whether there were any."""
-        before = len(self.invites)
+        """Drop invites past their time and devices that were not used for `unused_ms`; whether there were any."""
+        before = len(self.invites) + len(self.devices)
         self.invites[:] = [i for i in self.invites if i["expiresAt"] > now]
-        return len(self.invites) != before
+        used = (max(whole(d.get("lastUsedAt")), whole(d.get("createdAt"))) for d in self.devices)
+        self.devices[:] = [d for d, last in zip(self.devices, used) if now - last <= self.unused_ms]
+        return len(self.invites) + len(self.devices) != before
 
     def revoke(self, name: str) -> list[str]:
         """Remove the devices with this name or id; their ids."""
         gone = [d["id"] for d in self.devices if name in (d["name"], d["id"])]
         self.devices[:] = [d for d in self.devices if d["id"] not in gone]
         return gone
+
+
+@functools.lru_cache(maxsize=64)
+def plain_http_allowed(peer: str, local: str, profile: str) -> bool:
+    """Whether a profile lets `peer` talk to the address `local` without TLS: always on loopback and in the tailnet's
+    ranges; `tailscale-permissive` also on the local network, which is private or shares a /24 (IPv6: /64) with `local`."""
+    import ipaddress
+
+    here, there = (getattr(a, "ipv4_mapped", None) or a for a in map(_address, (local, peer)))
+    if there.is_loopback or any(there in ipaddress.ip_network(net) for net in TAILNETS if there.version == here.version):
+        return True
+    near = ipaddress.ip_network((here, 24 if here.version == 4 else 64), strict=False)
+    return profile != "strict" and (there.is_private or there.is_link_local or there in near)
+
+
+def _address(text: str) -> Any:
+    import ipaddress
+
+    return ipaddress.ip_address(text.partition("%")[0] or "0.0.0.0")
 
 
 class PairingLimit:
@@ -1565,6 +1601,9 @@ SECRET_PATH = regex(  # sorted by first characters, which makes the search fast
     r"|Library/Keychains(?:/|$)|agent/auth\.json$|(?<=^/)etc/shadow$|(?<=^/)proc/.*/environ$"
     r"|(?P<own>config\.json|devices\.json|identity_ed25519|apns\.json)$)"  # of this server's data directory
 )
+SENSITIVE_FILE = regex(
+    r"(?i)/\.git(/|$)|/(\.env(\.[^/]*)?|[^/]*\.(pem|key)|id_(rsa|dsa|ecdsa|ed25519)[^/]*|\.(netrc|npmrc|pypirc|htpasswd))$"
+)
 SECRET_HOMES = ".ssh .aws .gnupg .docker .kube .azure .config/gh .config/gcloud .netrc .npmrc .pypirc Library/Keychains".split()
 SECRET_FILES = (".env", ".netrc", ".npmrc", ".pypirc", "auth.json")
 SECRET_VARIABLE = regex(r"(?i)key|token|secret|passw|credential|auth(?!or)")
@@ -2090,6 +2129,11 @@ def _paths(words: Sequence[str], ctx: Context, cwds: Sequence[str]) -> tuple[str
 def _secret(path: str, ctx: Context) -> bool:
     found = SECRET_PATH.search(path)
     return found is not None and (found.lastgroup != "own" or guarded(path, ctx.data_dir))
+
+
+def sensitive_file(path: str, data_dir: str) -> bool:
+    """Whether a phone may never read a file through the server, be its name as harmless as it will."""
+    return bool(SENSITIVE_FILE.search(path) or SECRET_PATH.search(path)) or guarded(path, data_dir)
 
 
 @functools.lru_cache(maxsize=8)
@@ -2924,7 +2968,7 @@ NOTIFY = DURABLE - {"message_end", "tool_start", "tool_end"} | {
 ONLY_11 = frozenset("queue_state queue_item_started git_status session_deleted stream_connected".split())
 NOTIFICATIONS = frozenset("notify setStatus setWidget setTitle set_editor_text".split())
 PHONE_LIMIT = 900 * 1024  # bytes of a frame; phones refuse more than 1 MiB
-CHUNK = 256 * 1024  # characters of tool output per frame
+CHUNK = 64 * 1024  # characters of tool output per frame; bytes of a socket read or written at a time
 LONG_TEXT = 16 * 1024  # characters of a string that stay when a frame is too large
 MEDIA = {"image": "image/png", "audio": "audio/wav"}
 # all but colours (ESC[…m), and one that is cut off at the end
@@ -3468,6 +3512,124 @@ ENTRY_EVENTS: dict[str, Callable[[Json], list[Json]]] = {
 }
 
 
+# graphs of sessions and of one session's entries (http-api 2.8)
+
+PREVIEW = 160  # characters
+FORK_NAME = regex(r"_([0-9a-f-]{36})\.jsonl$")  # pi's files end in the id of their conversation
+
+
+def session_graph(workspace_id: str, headers: dict[str, Json], records: Sequence[Json], running: set[str], paths: bool) -> Json:
+    """How conversations were forked from each other.  `headers` are the first entries of session files, by path."""
+    attached: dict[str, list[Json]] = {}
+    for record in records:
+        for key in {record.get("piSessionFile"), record.get("piSessionId"), *arr(record.get("piSessionFiles"))}:
+            attached.setdefault(str(key), []).append(record)
+    nodes: dict[str, Json] = {}
+    for file, header in sorted(headers.items()):
+        key, source = str(header["id"]), str(header.get("parentSession") or "")
+        node = nodes.setdefault(key, {"id": key, "createdAt": iso_ms(header.get("timestamp")), "workspaceId": workspace_id})
+        own = {r["id"]: r for r in (*attached.get(file, ()), *attached.get(key, ()))}
+        active = [i for i, record in own.items() if i in running and record.get("piSessionFile") == file]
+        for name, ids in (("attachedSessionIds", list(own)), ("activeSessionIds", active)):
+            node[name] = sorted({*node.get(name, ()), *ids})
+        named = FORK_NAME.search(source)
+        parent = str(obj(headers.get(source)).get("id") or (named.group(1) if named else ""))
+        more = {"sessionFile": file, "parentSessionFile": source} if paths else {}
+        more["parentId"] = parent if parent != key else ""
+        node.update({name: value for name, value in more.items() if value and name not in node})
+    ordered = sorted(nodes.values(), key=lambda node: (node["createdAt"], node["id"]))
+    edges = [{"from": n["parentId"], "to": n["id"], "type": "fork"} for n in ordered if n.get("parentId") in nodes]
+    return {"nodes": ordered, "edges": edges, "roots": [n["id"] for n in ordered if n.get("parentId") not in nodes]}
+
+
+def entry_node(entry: Json) -> Json:
+    """An entry of a session file as the graph shows it."""
+    message = obj(entry.get("message"))
+    text = block_text(message.get("content"), "\n")
+    stamp = iso_ms(entry.get("timestamp"))
+    more = {
+        "parentId": entry.get("parentId"), "timestamp": stamp or None, "role": message.get("role"),
+        "preview": text[: PREVIEW - 1] + "…" if len(text) > PREVIEW else text,
+    }  # fmt: skip
+    return {"id": entry["id"], "type": entry["type"], **{name: value for name, value in more.items() if value}}
+
+
+def entry_graph(session_id: str, nodes: Sequence[Json]) -> Json:
+    """The tree of one conversation's entries; the last one is the leaf."""
+    known = {node["id"] for node in nodes}
+    edges = [{"from": n["parentId"], "to": n["id"], "type": "parent"} for n in nodes if n.get("parentId") in known]
+    ends = {"rootEntryId": nodes[0]["id"], "leafEntryId": nodes[-1]["id"]} if nodes else {}
+    return {"piSessionId": session_id, "nodes": list(nodes), "edges": edges, **ends}
+
+
+# what a session did to a file (http-api 2.9)
+
+CONTEXT_LINES = 3
+
+
+def file_changes(events: Iterable[Json], path: str, cwd: str) -> list[Json]:
+    """The `edit` and `write` calls of a trace that changed a file, each with the `details` of its result."""
+    wanted, calls, failed = posixpath.normpath(posixpath.join(cwd, path)), {}, set()
+    for event in events:
+        if event["type"] == "toolCall" and event["tool"].rpartition(".")[2].lower() in ("edit", "write"):
+            named = obj(event["args"]).get("path") or obj(event["args"]).get("file_path")
+            if isinstance(named, str) and posixpath.normpath(posixpath.join(cwd, named.strip())) == wanted:
+                calls[event["id"]] = event
+        elif event["type"] == "toolResult" and event["toolCallId"] in calls:
+            calls[event["toolCallId"]] = {**calls[event["toolCallId"]], "details": obj(event.get("details"))}
+            if event["isError"]:
+                failed.add(event["toolCallId"])
+    return [call for key, call in calls.items() if key not in failed]
+
+
+def before_changes(text: str, changes: Sequence[Json]) -> str:
+    """What a file held before calls that made it `text`.  What it held before a `write` is not known: nothing."""
+    for call in reversed(changes):
+        args = obj(call["args"])
+        if call["tool"].rpartition(".")[2].lower() == "write":
+            text = ""
+        for edit in reversed([e for e in arr(args.get("edits")) or [args] if isinstance(e, dict)]):
+            old, new = (str(edit.get(name) or "") for name in ("oldText", "newText"))
+            at = text.find(new) if new else _line_start(text, whole(obj(call.get("details")).get("firstChangedLine")))
+            text = text[:at] + old + text[at + len(new) :] if at >= 0 else text
+    return text
+
+
+def _line_start(text: str, line: int) -> int:
+    """Where a line begins, counted from 1: text that was only removed has left no other mark."""
+    return sum(map(len, text.splitlines(keepends=True)[: max(0, line - 1)]))
+
+
+def unified_rows(output: str, text: str) -> list[Json]:
+    """Lines {kind, text} of a unified difference with unlimited context; those of `text` if there is none."""
+    kinds = {" ": "context", "+": "added", "-": "removed"}
+    rows = output[output.find("\n@@") + 1 :].split("\n")[1:] if output else [" " + line for line in text.split("\n")]
+    rows = rows[:-1] if rows[-1:] in ([""], [" "]) else rows  # what follows the last newline is no line
+    return [{"kind": kinds[row[0]], "text": row[1:]} for row in rows if row[:1] in kinds]
+
+
+def diff_hunks(rows: Sequence[Json]) -> list[Json]:
+    """Hunks of app 1.1: changed lines with CONTEXT_LINES around them, numbered on both sides."""
+    lines, old, new = [], 0, 0
+    for row in rows:
+        old, new = old + (row["kind"] != "added"), new + (row["kind"] != "removed")
+        lines.append({**row, "oldLine": old if row["kind"] != "added" else None})
+        lines[-1]["newLine"] = new if row["kind"] != "removed" else None
+    around = range(-CONTEXT_LINES, CONTEXT_LINES + 1)
+    near = {number + i for number, row in enumerate(rows) if row["kind"] != "context" for i in around}
+    hunks: list[list[Json]] = []
+    for number, line in enumerate(lines):
+        if number in near:
+            hunks += [] if number - 1 in near and number else [[]]
+            hunks[-1].append(line)
+    return [{**_side("old", hunk), **_side("new", hunk), "lines": hunk} for hunk in hunks]
+
+
+def _side(side: str, hunk: Sequence[Json]) -> Json:
+    numbers = [line[side + "Line"] for line in hunk if line[side + "Line"]]
+    return {side + "Start": numbers[0] if numbers else 0, side + "Count": len(numbers)}
+
+
 # ════════════════════════════════════════ 8. Stream ══════════════════════════════════════
 # Numbers, memory and queues between a session and its phones.  A session's seq goes on over stop,
 # resume and restart; catch-up says `complete` only when every durable message after `since` is
@@ -3740,6 +3902,46 @@ def read_text(path: str) -> str:
     return read_file(path).decode("ascii")
 
 
+def open_inside(root: str, path: str, refused: Callable[[str], Any] = lambda real: False) -> int:
+    """The descriptor of a plain file below `root`, opened such that no link leads out of it, not even one that is made meanwhile:
+    each part is opened from the folder before it, and none may be a link.  Raises NotFound, Forbidden, BadRequest."""
+    try:
+        top = os.path.realpath(root)
+        real = os.path.realpath(os.path.join(top, path))
+        if not inside(real, top):
+            raise Forbidden("Path outside workspace")
+        if refused(real) or refused(os.path.normpath(os.path.join(top, path))):
+            raise Forbidden("Access denied: sensitive file")
+        *folders, name = os.path.relpath(real, top).split("/")
+        with contextlib.ExitStack() as stack:
+            folder = None
+            for part in (top, *folders):
+                folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                stack.callback(os.close, folder)
+            descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
+    except (OSError, ValueError):  # a path may also hold a NUL
+        raise NotFound("File not found") from None
+    if os.fstat(descriptor).st_mode & 0o170000 != 0o100000:
+        os.close(descriptor)
+        raise BadRequest("Not a file")
+    return descriptor
+
+
+def read_inside(root: str, path: str, limit: int, refused: Callable[[str], Any] = lambda real: False) -> bytes:
+    """The bytes of such a file.  Raises also TooLarge."""
+    with open(open_inside(root, path, refused), "rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise TooLarge(f"File too large (max {limit // 2**20}MB)")
+        return file.read(limit)
+
+
+def names_in(folder: str) -> list[str]:
+    """Sorted; none for what cannot be listed."""
+    with contextlib.suppress(OSError):
+        return sorted(os.listdir(folder))
+    return []
+
+
 def pretty(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "replace")
 
@@ -3767,6 +3969,7 @@ class Store:
         self.unclean = False  # a session was running when the last server ended
         self._writer: Any = None
         self.rules, self.audit = Rules(self), AuditLog(self)
+        self.skills, self.themes = Skills(self.path("skills")), Themes(self.path("themes"))
 
     def path(self, *names: str) -> str:
         return os.path.join(self.root, *names)
@@ -3837,7 +4040,8 @@ class Store:
         state["devices"] = [d for d in map(obj, arr(state.get("devices"))) if len(typed(d, DEVICE_TYPES)) == 4]
         state["invites"] = [i for i in map(obj, arr(state.get("invites"))) if len(typed(i, INVITE_TYPES)) == 5]
         owner = str(raw.get("token") or "")
-        return Access(state, owner, [t for t in arr(raw.get("authDeviceTokens")) if _is_text(t)])
+        unused = STRICT_UNUSED_MS if Settings(raw)["security.profile"] == "strict" else math.inf
+        return Access(state, owner, [t for t in arr(raw.get("authDeviceTokens")) if _is_text(t)], unused)
 
     def change_access(self, change: Callable[[Access], Any]) -> Any:
         """Apply `change` under the lock and save; returns what it returns."""
@@ -4010,6 +4214,101 @@ class Store:
             raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
 
 
+# themes and what phones report about themselves
+
+THEME_COLORS = "bg bgDark bgHighlight fg fgDim comment blue cyan green orange purple red yellow".split()
+MORE_COLORS = (  # app 1.1 derives those that are empty
+    "thinkingText userMessageBg userMessageText toolPendingBg toolSuccessBg toolErrorBg toolTitle toolOutput mdHeading mdLink "
+    "mdLinkUrl mdCode mdCodeBlock mdCodeBlockBorder mdQuote mdQuoteBorder mdHr mdListBullet toolDiffAdded toolDiffRemoved "
+    "toolDiffContext syntaxComment syntaxKeyword syntaxFunction syntaxVariable syntaxString syntaxNumber syntaxType "
+    "syntaxOperator syntaxPunctuation thinkingOff thinkingMinimal thinkingLow thinkingMedium thinkingHigh thinkingXhigh"
+).split()
+THEMES, THEME_LIMIT = 200, 64 * 1024  # files that are looked at, bytes of one
+LOG_LIMIT, LOG_ENTRIES = 5 * 1024 * 1024, 1000  # bytes of a session's client log before it is rotated; entries of an upload
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def checked_theme(given: Any, name: str) -> Json:
+    """A theme as both apps decode it.  Raises BadRequest."""
+    require(isinstance(given, dict), "Missing theme object in body")
+    colors = given.get("colors")
+    require(isinstance(colors, dict), "Missing colors object")
+    missing = [key for key in THEME_COLORS if key not in colors]
+    require(not missing, f"Missing color keys: {', '.join(missing)}")
+    shown = {key: colors.get(key, "") for key in (*THEME_COLORS, *MORE_COLORS)}
+    for key, value in shown.items():
+        good = isinstance(value, str) and re.fullmatch("#[0-9A-Fa-f]{6}", value)
+        require(good or (value == "" and key in MORE_COLORS), f'Invalid hex color for "{key}": {visible(str(value))[:40]}')
+    texts = {key: given[key][:100] for key in ("name", "colorScheme") if _is_text(given.get(key))}
+    return {"name": name, "colorScheme": "dark", **texts, "colors": shown}
+
+
+class Themes:
+    """Colour schemes for the apps, `<data>/themes/<name>.json`."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def read(self, name: str) -> Json:
+        """Raises NotFound; OppiError for a file that holds no theme."""
+        try:
+            require(re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name), "no name of a theme")
+            return checked_theme(parse_json(read_inside(self.folder, name + ".json", THEME_LIMIT)), name)
+        except ValueError:
+            raise OppiError("Failed to read theme") from None
+        except OppiError as error:
+            unknown = isinstance(error, NotFound) or "name of" in str(error)
+            raise NotFound(f'Theme "{visible(name)}" not found') if unknown else OppiError("Failed to read theme") from None
+
+    def all(self) -> list[Json]:
+        found: list[Json] = []
+        for file in [name for name in names_in(self.folder) if name.endswith(".json")][:THEMES]:
+            with contextlib.suppress(OppiError):
+                theme = self.read(file[:-5])
+                found.append({"name": theme["name"], "filename": file[:-5], "colorScheme": theme["colorScheme"]})
+        return found
+
+    def save(self, name: str, theme: Any) -> Json:
+        """Raises BadRequest."""
+        plain = re.sub("[^A-Za-z0-9_-]", "", name)[:100]
+        checked = checked_theme(theme, name)
+        require(plain, "Invalid theme name")
+        make_private(self.folder)
+        write_file(os.path.join(self.folder, plain + ".json"), pretty(checked))
+        return checked
+
+    def delete(self, name: str) -> None:
+        """Raises NotFound."""
+        self.read(name)
+        os.unlink(os.path.join(self.folder, name + ".json"))
+
+
+def log_entries(body: Json) -> list[Json]:
+    """Entries of a client log as they are stored.  Raises BadRequest."""
+    require(isinstance(body.get("entries"), list), "entries array required")
+    good = [obj(e) for e in body["entries"][-LOG_ENTRIES:] if isinstance(obj(e).get("message"), str)]
+    require(good, "No valid log entries")
+    return [
+        {
+            "timestamp": entry.get("timestamp") if isinstance(entry.get("timestamp"), (int, float)) else now_ms(),
+            "level": entry.get("level") if entry.get("level") in LOG_LEVELS else "info",
+            "category": str(entry.get("category") or "")[:64],
+            "message": entry["message"][:4000],
+            "metadata": {key[:64]: str(value)[:512] for key, value in itertools.islice(obj(entry.get("metadata")).items(), 32)},
+        }
+        for entry in good
+    ]
+
+
+def append_line(path: str, line: bytes, limit: int) -> None:
+    """Add a line to a log, which is put aside as `.1` when it would outgrow `limit` bytes."""
+    make_private(os.path.dirname(path))
+    if os.path.exists(path) and os.path.getsize(path) + len(line) > limit:
+        os.replace(path, path + ".1")
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), "ab") as file:
+        file.write(line + b"\n")
+
+
 class Rules:
     """Stored rules: `lasting` ones in rules.json, which the command line may change while a server runs, and those
     of a session, which end with it.  A file that cannot be read stays as it is, and everything is asked."""
@@ -4164,12 +4463,20 @@ def _logged(work: Callable[[], Any]) -> Any:
 
 
 # ══════════════════════════════════ 11. Skills and extensions ════════════════════════════
-# What of the person's own pi a workspace may use.  Only read here: nothing a phone sends is ever
-# written into pi's directories, for a skill instructs an agent that runs as the person.
+# What of the person's own pi a workspace may use, and the skills made on a phone, which lie in this server's own
+# folder.  pi's directories are only read: a skill instructs an agent that runs as the person.  The folders are
+# looked at again with every question, so a skill that was added, changed or removed is seen at once.
 
-SKILL_LIMIT = 1024 * 1024  # bytes of a SKILL.md that are read
+SKILL_LIMIT = 1024 * 1024  # bytes of a skill's file that are read
+SKILL_FOLDERS, SKILL_PATHS, SKILL_DEPTH = 2000, 1000, 16  # folders that are searched; paths and levels of one skill
+OWN_BYTES, OWN_FILES = 100 * 1024, 50  # a skill made on a phone
+SKILL_NAME = "^[a-z][a-z0-9-]{0,63}$"
+EXTENSION_NAME = r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}"
+ENTRY_POINTS = ("package.json", "index.ts", "index.js")  # pi ends at its start if a folder has none
 HOST_ONLY = ("MLX", "mlx", "lmstudio", "LM Studio", "/Users/", "homebrew", "my-mac", "mac-mini", "tmux send-keys",
              "tmux new-window")  # fmt: skip
+PASSED_OVER = "__pycache__ node_modules .git .venv .mypy_cache .pytest_cache .ruff_cache __pypackages__".split()
+COMPILED = (".pyc", ".pyo", ".o", ".so", ".dylib")
 
 
 def agent_dir() -> str:
@@ -4199,41 +4506,227 @@ def front_matter(text: str) -> dict[str, str]:
     return fields
 
 
-def scan_skills(folder: str) -> list[Json]:
-    """Skills (http-api 2.3) in `folder`, by name; directories without a described SKILL.md are none."""
-    skills: dict[str, Json] = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        path = os.path.join(folder, name)
+def skill_folders(root: str) -> Iterator[str]:
+    """Folders below `root` with a SKILL.md, which are not searched further; links are followed, as pi does."""
+    queue = deque([root])
+    for _ in range(SKILL_FOLDERS):
+        folder = queue.popleft() if queue else ""
+        for name in names_in(folder) if folder else ():
+            path = os.path.join(folder, name)
+            if os.path.isfile(os.path.join(path, "SKILL.md")):
+                yield path
+            elif not name.startswith(".") and name != "node_modules" and os.path.isdir(path):
+                queue.append(path)
+
+
+def skill_files(root: str, below: str = "") -> Iterator[str]:
+    """Paths of a skill's files, folder by folder; neither what a build left there nor what a link leads out to."""
+    for name in names_in(os.path.join(root, below)):
+        path = os.path.join(below, name)
+        full = os.path.join(root, path)
+        if os.path.isdir(full):
+            if name not in PASSED_OVER and not os.path.islink(full) and path.count("/") < SKILL_DEPTH:
+                yield from skill_files(root, path)
+        elif os.path.isfile(full) and not name.endswith(COMPILED) and inside(os.path.realpath(full), os.path.realpath(root)):
+            yield path
+
+
+def skill_entry(path: str, built_in: bool) -> Json | None:
+    """A skill as http-api 2.3 has it; None if its SKILL.md describes nothing.  Raises OSError."""
+    text = read_regular(os.path.join(path, "SKILL.md")).decode("utf-8", "replace")
+    fields, own_name = front_matter(text), os.path.basename(path)
+    given = fields.get("name", "")
+    name = given if built_in and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", given) else own_name
+    safe = {"true": True, "false": False}.get(fields.get("container", ""), not any(m in text for m in HOST_ONLY))
+    entry = {"name": name, "description": fields.get("description"), "path": path, "builtIn": built_in, "containerSafe": safe}
+    return {**entry, "hasScripts": bool(names_in(os.path.join(path, "scripts")))} if entry["description"] else None
+
+
+class Skills:
+    """The registry.  `own` is the folder of the skills made on phones, which hide others of the same name.
+    May be slow (the disk is looked at): for worker threads, except where a list of names is all there is to check."""
+
+    def __init__(self, own: str) -> None:
+        self.own = own
+        self._entries: dict[str, tuple[Any, Json | None]] = {}  # folder -> what it looked like, and its entry
+        self._seen: dict[str, Any] = {}  # name -> all its files, at the last rescan
+        self._lock: Any = None
+
+    def all(self) -> list[Json]:
+        """Every skill, sorted by name."""
+        found: dict[str, Json] = {}
+        for root in (self.own, os.path.join(agent_dir(), "skills"), os.path.expanduser("~/.agents/skills")):
+            for path in skill_folders(root):
+                stamp = [file_stamp(os.path.join(path, name)) for name in ("SKILL.md", "scripts")]
+                if self._entries.get(path, (None,))[0] != stamp:
+                    with contextlib.suppress(OSError):
+                        self._entries[path] = stamp, skill_entry(path, root != self.own)
+                entry = self._entries.get(path, (None, None))[1]
+                if entry:
+                    found.setdefault(entry["name"], entry)
+        return [found[name] for name in sorted(found)]
+
+    def find(self, name: str) -> Json:
+        """Raises NotFound."""
+        return cast(Json, existing(next((s for s in self.all() if s["name"] == name), None), "Skill not found"))
+
+    def chosen(self, names: Sequence[Any]) -> list[str]:
+        """Folders of the skills with these names, as far as they exist."""
+        return [skill["path"] for skill in self.all() if skill["name"] in names] if names else []
+
+    def files(self, skill: Json) -> list[str]:
+        return list(itertools.islice(skill_files(skill["path"]), SKILL_PATHS))
+
+    def detail(self, name: str) -> Json:
+        """A skill with its SKILL.md and the paths of its files."""
+        skill = self.find(name)
+        return {"skill": skill, "content": self.read(name, "SKILL.md"), "files": self.files(skill)}
+
+    def read(self, name: str, path: str) -> str:
+        """A file of a skill.  Raises NotFound, for whatever reason it is not to be had."""
         try:
-            text = read_regular(os.path.join(path, "SKILL.md")).decode("utf-8", "replace")
-        except OSError:
-            continue
-        fields = front_matter(text)
-        own = fields.get("name", "")
-        title = own if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", own) else name
-        if fields.get("description") and title not in skills:
-            safe = {"true": True, "false": False}.get(fields.get("container", ""), not any(m in text for m in HOST_ONLY))
-            scripts = os.path.isdir(os.path.join(path, "scripts")) and bool(os.listdir(os.path.join(path, "scripts")))
-            skills[title] = {"name": title, "description": fields["description"], "path": path}
-            skills[title].update(containerSafe=safe, hasScripts=scripts, builtIn=True)
-    return [skills[name] for name in sorted(skills)]
+            data = read_inside(self.find(name)["path"], path, SKILL_LIMIT)
+        except OppiError as error:
+            raise error if "Skill" in str(error) else NotFound("File not found") from None
+        if b"\0" in data:
+            raise NotFound("File not found")
+        return data.decode("utf-8", "replace")
+
+    def rescan(self) -> Json:
+        """Names that were added, removed or modified, however deep, since the last time."""
+        now = {
+            skill["name"]: [(path, file_stamp(os.path.join(skill["path"], path))) for path in self.files(skill)]
+            for skill in self.all()
+        }
+        before, self._seen = self._seen, now
+        changed = [name for name in now if name in before and now[name] != before[name]]
+        return {"added": sorted(now.keys() - before), "removed": sorted(before.keys() - now), "modified": changed}
+
+    def details(self, skill: Json) -> Json:
+        """When an own skill was made (ms) and its size (bytes); nothing of another one."""
+        if skill["builtIn"]:
+            return {}
+        sizes = (os.path.getsize(os.path.join(skill["path"], path)) for path in self.files(skill))
+        return {"createdAt": int(os.path.getmtime(skill["path"]) * 1000), "sizeBytes": sum(sizes)}
+
+    def edit(self, name: str, content: Any, files: Json) -> Json:
+        """Make a skill, or change files of one; one of pi's is copied, not written to.  Raises BadRequest."""
+        old = next((skill for skill in self.all() if skill["name"] == name), None)
+        require(_is_text(content) or (old and files and content is None), "content (SKILL.md) required")
+        given = {**files, **({"SKILL.md": content} if content else {})}
+        for path, text in given.items():
+            plain = re.fullmatch(r"(?!/)[^\x00-\x1f\x7f\\]{1,200}", path) and not {"", ".", ".."} & {*path.split("/")}
+            require(plain and path.count("/") < SKILL_DEPTH, f"Invalid file path: {visible(path)}")
+            require(isinstance(text, str), "files must be texts by path")
+        kept = gather(old["path"], "") if old else {}
+        return self.save(name, {**kept, **{path: text.encode("utf-8", "replace") for path, text in given.items()}})
+
+    def save(self, name: str, files: dict[str, bytes]) -> Json:
+        """Store an own skill, whole or not at all; a file with a shebang can be run.  Raises BadRequest."""
+        import threading
+
+        size = sum(map(len, files.values()))
+        require(re.fullmatch(SKILL_NAME, name), f'Invalid skill name "{visible(name)}" — must match {SKILL_NAME}')
+        require("SKILL.md" in files, "SKILL.md not found in source directory")
+        require(size <= OWN_BYTES, f"Skill too large: {size / 1024:.1f}KB (max 100KB)")
+        require(len(files) <= OWN_FILES, f"Too many files: {len(files)} (max 50)")
+        text = files["SKILL.md"].decode("utf-8", "replace")
+        require(front_matter(text).get("description"), "SKILL.md has no description in its front matter")
+        self._lock = self._lock or threading.Lock()
+        with self._lock:
+            self._replace(name, files)
+        return self.find(name)
+
+    def _replace(self, name: str, files: dict[str, bytes]) -> None:
+        target, fresh, old = (os.path.join(self.own, part) for part in (name, f".{new_id()}.new", f".{new_id()}.old"))
+        try:
+            for path, data in files.items():
+                full = os.path.join(fresh, path)
+                make_private(os.path.dirname(full))
+                write_file(full, data)
+                os.chmod(full, 0o700 if data.startswith(b"#!") else 0o600)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(target, old)
+            os.rename(fresh, target)
+        except (OSError, ValueError) as error:
+            if os.path.isdir(old):
+                os.rename(old, target)
+            raise OppiError(f"Failed to write skill: {getattr(error, 'strerror', None) or error}") from None
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def delete(self, name: str) -> None:
+        """Remove an own skill; one of pi's with the same name can be seen again.  Raises NotFound, Forbidden."""
+        skill = self.find(name)
+        if skill["builtIn"]:
+            raise Forbidden("Cannot delete built-in skill")
+        shutil.rmtree(skill["path"])
 
 
-def skill_dirs(workspace: Json) -> list[str]:
-    """Directories of the skills a workspace lists, as far as they exist."""
-    wanted = workspace.get("skills") or []
-    return [skill["path"] for skill in scan_skills(os.path.join(agent_dir(), "skills")) if skill["name"] in wanted]
+def gather(root: str, folder: str, refused: Callable[[str], Any] = lambda real: False) -> dict[str, bytes]:
+    """Files of `folder` below `root` by path, as many as an own skill may have and one more."""
+    paths = itertools.islice(skill_files(os.path.join(root, folder)), OWN_FILES + 1)
+    return {path: read_inside(root, os.path.join(folder, path), SKILL_LIMIT, refused) for path in paths}
+
+
+def list_extensions() -> list[Json]:
+    """pi's extensions that can be loaded, sorted by name; a folder hides a file of the same name."""
+    folder, found = os.path.join(agent_dir(), "extensions"), {}
+    for entry in names_in(folder):
+        path, name = os.path.join(folder, entry), re.sub(r"\.(ts|js)$", "", entry)
+        kind = "file" if name != entry and os.path.isfile(path) else ""
+        if os.path.isdir(path) and any(os.path.isfile(os.path.join(path, point)) for point in ENTRY_POINTS):
+            name, kind = entry, "directory"
+        known = name == "permission-gate" or (kind == "file" and name in found)
+        if kind and not known and re.fullmatch(EXTENSION_NAME, name):
+            found[name] = {"name": name, "path": path, "kind": kind, "source": "pi"}
+    return [found[name] for name in sorted(found)]
+
+
+PROJECT_ROOTS = ("~/workspace", "~/projects", "~/src", "~/code", "~/Developer")
+PROJECTS = (  # what a folder of source code has in it: its type and language
+    ("package.json", "node", "TypeScript"), ("Cargo.toml", "rust", "Rust"), ("pyproject.toml", "python", "Python"),
+    ("go.mod", "go", "Go"), ("Gemfile", "ruby", "Ruby"), ("build.gradle", "gradle", "Java"), ("pom.xml", "maven", "Java"),
+    ("Package.swift", "swift", "Swift"), ("project.yml", "xcodegen", "Swift"), ("mix.exs", "elixir", "Elixir"),
+    ("Makefile", "make", ""),
+)  # fmt: skip
+
+
+def host_directories(root: str) -> list[Json]:
+    """Folders with source code directly below `root`, or below the usual places (http-api 3.2)."""
+    found: list[Json] = []
+    for place in [root] if root else PROJECT_ROOTS:
+        folder = os.path.expanduser(place)
+        for name in names_in(folder) if os.path.isabs(folder) else ():
+            inside_it = set(names_in(os.path.join(folder, name))) if not name.startswith(".") else set()
+            kinds = [(kind, language) for file, kind, language in PROJECTS if file in inside_it]
+            if kinds or inside_it & {".git", "AGENTS.md"}:
+                found.append(project_entry(os.path.join(folder, name), inside_it, kinds))
+    return found
+
+
+def project_entry(path: str, names: set[str], kinds: Sequence[tuple[str, str]]) -> Json:
+    kind, language = kinds[0] if kinds else ("", "")
+    if kind == "node" and "tsconfig.json" not in names:
+        language = "JavaScript"
+    remote = ""
+    with contextlib.suppress(OSError):
+        config = read_regular(os.path.join(path, ".git", "config")).decode("utf-8", "replace")
+        url = re.search(r'\[remote "origin"\][^\[]*?\n\s*url\s*=\s*(\S+)', config)
+        remote = re.sub(r"^(\w+://)?([^@/]*@)?([^:/]+)(:\d+(?=/))?[:/]", r"\3/", url.group(1)) if url else ""
+    home = os.path.expanduser("~")
+    entry = {"path": "~" + path[len(home) :] if inside(path, home) else path, "name": os.path.basename(path)}
+    more = {"gitRemote": re.sub(r"\.git$", "", remote), "projectType": kind, "language": language}
+    flags = {"isGitRepo": ".git" in names, "hasAgentsMd": "AGENTS.md" in names}
+    return {**entry, **flags, **{name: value for name, value in more.items() if value}}
 
 
 def extension_paths(workspace: Json) -> list[str]:
     """Files or directories of the extensions a workspace lists, as far as they exist."""
-    folder, found = os.path.join(agent_dir(), "extensions"), []
-    for name in workspace.get("extensions") or []:
-        if isinstance(name, str) and re.fullmatch(EXTENSION_NAME, name) and name != "permission-gate":
-            bare = re.sub(r"\.(ts|js)$", "", name)
-            paths = [os.path.join(folder, candidate) for candidate in (name, bare, bare + ".ts", bare + ".js")]
-            found += [path for path in paths if os.path.exists(path)][:1]
-    return found
+    names = [re.sub(r"\.(ts|js)$", "", name.strip()) for name in workspace.get("extensions") or [] if isinstance(name, str)]
+    paths = {extension["name"]: extension["path"] for extension in list_extensions()}
+    return [paths[name] for name in OrderedDict.fromkeys(names) if name in paths]
 
 
 # ════════════════════════════════════ 12. Host environment ═══════════════════════════════
@@ -5981,7 +6474,7 @@ class Sessions:
             file,
             str(record.get("model") or ""),
             str(record.get("thinkingLevel") or ""),
-            skill_dirs(workspace),
+            self.store.skills.chosen(arr(workspace.get("skills"))),
             extension_paths(workspace),
             os.path.join(folder, "prompt.md") if workspace.get("systemPrompt") else "",
             str(workspace.get("systemPromptMode") or "append"),
@@ -6149,6 +6642,56 @@ class Sessions:
         found: Json | None = await asyncio.get_running_loop().run_in_executor(None, work)
         return found
 
+    def work_root(self, record: Json) -> str:
+        """Where the files of a session are.  Raises NotFound."""
+        mount = os.path.expanduser(str(obj(self.store.workspaces.get(record.get("workspaceId"))).get("hostMount") or "~").strip())
+        if not os.path.isdir(mount):
+            raise NotFound("No workspace root for session")
+        return mount
+
+    def sensitive(self, path: str) -> bool:
+        return sensitive_file(path, self.store.root)
+
+    async def difference(self, record: Json, path: str) -> bytes:
+        """What a session did to a file, from first to last (http-api 2.9), as JSON.  Raises NotFound, Unavailable."""
+        root = self.work_root(record)
+        existing(session_files(record) or None, "Session trace not found")
+        events = await self.trace(record["id"], "full")
+        made: bytes = await asyncio.get_running_loop().run_in_executor(None, self._difference, record, path, root, events)
+        return made
+
+    def _difference(self, record: Json, path: str, root: str, events: Sequence[bytes]) -> bytes:
+        marks = (b'"type":"toolCall"', b'"type":"toolResult"')
+        calls = (parse_json(event) for event in events if any(mark in event for mark in marks))
+        changes = existing(file_changes(calls, path, root) or None, "No file mutations found for path")
+        current = ""
+        with contextlib.suppress(OppiError):
+            current = read_inside(root, path, FILE_LIMIT, self.sensitive).decode("utf-8", "replace")
+        baseline = before_changes(current, changes)
+        rows = line_difference(baseline, current)
+        counts = {side + "Lines": sum(row["kind"] == side for row in rows) for side in ("added", "removed")}
+        return encode({
+            "path": path, "revisionCount": len(changes), "baselineText": baseline, "currentText": current, **counts,
+            "diffLines": rows, "hunks": diff_hunks(rows), "workspaceId": record["workspaceId"],
+            "cacheKey": f"{record['id']}:{path}:{changes[-1]['id']}",
+        })  # fmt: skip
+
+    def graph(self, workspace_id: str, query: Mapping[str, str]) -> bytes:
+        """How the sessions of a workspace were forked (http-api 2.8), as JSON.  Runs on a thread."""
+        records = [r for r in list(self.store.sessions.values()) if r.get("workspaceId") == workspace_id]
+        headers = read_headers(file for record in records for file in session_files(record))
+        found = session_graph(workspace_id, headers, records, set(self.active), query.get("includePaths") == "true")
+        graph: Json = {"workspaceId": workspace_id, "generatedAt": now_ms(), "sessionGraph": found}
+        record: Json = next((r for r in records if r["id"] == query.get("sessionId")), {})
+        node = str(obj(headers.get(str(record.get("piSessionFile")))).get("id") or record.get("piSessionId") or "")
+        if record:
+            graph["current"] = {"sessionId": record["id"], **({"nodeId": node} if node else {})}
+        wanted = query.get("entrySessionId") or node
+        file = next((file for file, header in sorted(headers.items())[::-1] if header["id"] == wanted), "")
+        if query.get("include") == "entry" and file:
+            graph["entryGraph"] = entry_graph(wanted, read_nodes(file))
+        return encode(graph)
+
     async def _unwritten(self, session_id: str, files: Sequence[str]) -> list[Any]:
         """What a running pi has said, if it has not written anything down yet."""
         live = self.active.get(session_id)
@@ -6198,6 +6741,7 @@ def risky_settings(cwd: str) -> bool:
         return True
 
 
+FILE_LIMIT, HEADER_LIMIT, DIFF_TIME_S = 10 * 1024 * 1024, 64 * 1024, 5  # bytes, bytes, seconds
 TRACE_BUFFER = 1024 * 1024  # bytes; each small read would let go of the interpreter, and the loop would lose the race for it
 
 
@@ -6228,6 +6772,46 @@ def read_trace(files: Sequence[str], view: str, fast: bool = True) -> list[bytes
             return read_trace(files, view, False) if fast else []
 
 
+def read_headers(files: Iterable[str]) -> dict[str, Json]:
+    """First entries of session files and of those they were forked from, by path."""
+    headers: dict[str, Json] = {}
+    queue = deque(files)
+    while queue:
+        path = queue.popleft()
+        with contextlib.suppress(OSError, ValueError):
+            header = parse_entry(read_regular(path, HEADER_LIMIT).partition(b"\n")[0]) if path not in headers else None
+            if header and header["type"] == "session" and _is_text(header.get("id")):
+                headers[path] = header
+                queue.extend([header["parentSession"]] if _is_text(header.get("parentSession")) else [])
+    return headers
+
+
+def read_nodes(path: str) -> list[Json]:
+    """Entries of a session file for the graph, each id once; never more than one in memory."""
+    with open(path, "rb", TRACE_BUFFER) as file:
+        entries = (entry for entry in map(parse_entry, file) if entry and _is_text(entry.get("id")))
+        return list({e["id"]: entry_node(e) for e in entries if e["type"] != "session"}.values())
+
+
+def line_difference(old: str, new: str) -> list[Json]:
+    """Lines {kind, text} of two texts, found by the system's `diff`.  Raises Unavailable.  Runs on a thread."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="oppi-diff-") as folder:
+        paths = [os.path.join(folder, name) for name in ("old", "new")]
+        for path, text in zip(paths, (old, new)):
+            with open(path, "wb") as file:
+                file.write(text.encode("utf-8", "replace"))
+        try:
+            argv = ["diff", "-a", "-U", str(10**8), *paths]
+            done = subprocess.run(argv, capture_output=True, timeout=DIFF_TIME_S, env={**os.environ, "LC_ALL": "C"})
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unavailable(f"The files cannot be compared: {error}"[:200]) from None
+    if done.returncode not in (0, 1):
+        raise Unavailable("The files cannot be compared")
+    return unified_rows(done.stdout.decode("utf-8", "replace"), new)
+
+
 def find_result(files: Sequence[str], messages: Sequence[Any], call_id: str) -> Json | None:
     """The message with the result of a tool call.  Runs on a thread."""
     found = [obj(message) for message in messages]
@@ -6256,7 +6840,6 @@ REFUSED_BYTES = 32 * 1024 * 1024  # discarded after an error before the connecti
 BODY_LIMIT = 24 * 1024 * 1024  # bytes; a session may be created with images
 OPEN_BODY_LIMIT = 4 * 1024  # the same without a token
 FRAME_LIMIT = 16 * 1024 * 1024
-CHUNK = 64 * 1024  # bytes read, or turned into a response on the loop, at a time
 CONNECTIONS = 512
 FILES = 4096  # open files the server asks the system for
 HEAD_TIME_S, BODY_TIME_S, IDLE_TIME_S, REFUSED_TIME_S = 20.0, 300.0, 75.0, 2.0
@@ -6275,19 +6858,6 @@ REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401
 ONCE = ("host", "content-length", "authorization", "transfer-encoding", "origin")  # headers nobody may repeat
 
 
-def require(good: Any, text: str) -> None:
-    """Raises BadRequest unless `good`."""
-    if not good:
-        raise BadRequest(text)
-
-
-def existing(value: Any, text: str) -> Any:
-    """`value`.  Raises NotFound if it is None."""
-    if value is None:
-        raise NotFound(text)
-    return value
-
-
 class Request:
     """One HTTP request.  `parts` are the decoded path segments, `query` the decoded parameters."""
 
@@ -6295,9 +6865,20 @@ class Request:
         import urllib.parse
 
         self.method, self.headers, self.peer, self.body = method, headers, peer, b""
-        self.path, _, query = target.partition("?")
+        self.path, _, self.raw_query = target.partition("?")
         self.parts = [urllib.parse.unquote(part, errors="strict") for part in self.path.split("/")[1:]]
-        self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
+
+    def named_paths(self) -> list[str]:
+        """What `path=` may mean: app 1.0 escapes neither `+` nor `&` in it.  Raises BadRequest when it is missing."""
+        import urllib.parse
+
+        _, found, text = self.raw_query.partition("path=")
+        require(found and text.strip(), "path parameter required")
+        try:
+            return list(OrderedDict.fromkeys(urllib.parse.unquote(t, errors="strict") for t in (text, text.replace("+", " "))))
+        except UnicodeDecodeError:
+            raise BadRequest("path parameter required") from None
 
     def json(self) -> Json:
         """The body as an object; {} when empty.  Raises BadRequest."""
@@ -6336,6 +6917,7 @@ class Reply(NamedTuple):
 
     status: int
     body: Any = None  # JSON value, or bytes of JSON made elsewhere
+    headers: tuple[str, ...] = ("Content-Type: application/json",)  # other bytes bring their own
 
 
 def packed(body: bytes) -> bytes:
@@ -6355,10 +6937,10 @@ def response_bytes(reply: Reply, close: bool, zip_it: bool = False) -> bytes:
     lines = [f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Unknown')}"]
     lines += [f"{name}: {value}" for name, value in CORS]
     if reply.status != 204:
-        if zip_it and len(body) >= 1024:
+        if zip_it and len(body) >= 1024 and reply.headers == Reply(0).headers:
             body = packed(body) if len(body) > 4 * CHUNK else packed_again(body)
             lines.append("Content-Encoding: gzip")
-        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff"]
+        lines += [*reply.headers, f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff"]
     lines.append("Connection: " + ("close" if close else "keep-alive"))
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -6373,7 +6955,7 @@ class Connection:
 
     def __init__(self, edge: Edge, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.edge, self.reader, self.writer, self.transport = edge, reader, writer, writer.transport
-        self.peer = str((writer.get_extra_info("peername") or ("",))[0])
+        self.peer, self.local = (str((writer.get_extra_info(name) or ("",))[0]) for name in ("peername", "sockname"))
         self.busy = False  # a request is being answered
         self.socket: Client | None = None
         self.timer: Any = None
@@ -6429,6 +7011,8 @@ class Connection:
         """Read one request and answer it; whether another may follow.  Raises OppiError for a bad one."""
         head = await self.reader.readuntil(b"\r\n\r\n")
         request = parse_head(head[:-4], self.peer)
+        if not self.edge.api.server.reachable(self):
+            raise Forbidden("This address may not use plain HTTP here; connect over Tailscale or the local network")
         if request.headers.get("upgrade", "").lower() == "websocket":
             await self._upgrade(request, head)
             return False
@@ -6699,7 +7283,6 @@ WORKSPACE_TYPES = {
 }
 KIND_TEXTS = {"string": "a string", "bool": "boolean", "texts": "an array", "object": "an object"}
 CLEARABLE = ("description", "icon", "systemPrompt", "hostMount", "defaultModel", "sandboxConfig")
-EXTENSION_NAME = r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}"
 WORKSPACE_CHOICES = (
     ("runtime", ("host", "container", "sandbox"), 'runtime must be "host" or "container"'),
     ("policyPreset", tuple(PRESETS), "policyPreset must be one of: container, host, host_standard, host_locked"),
@@ -6718,12 +7301,9 @@ SECURITY_FLAGS = ("requireTlsOutsideTailnet", "allowInsecureHttpInTailnet", "req
 RULE_SCOPE_TEXT = 'scope must be one of: "session", "workspace", "global"'
 
 
-def known_skills() -> list[Json]:
-    return scan_skills(os.path.join(agent_dir(), "skills"))
-
-
-def check_workspace(body: Json, creating: bool) -> Json:
-    """The fields of a workspace body that are to be stored; None clears one.  Raises BadRequest (http-api 3.3)."""
+def check_workspace(body: Json, creating: bool, known: set[str]) -> Json:
+    """The fields of a workspace body that are to be stored; None clears one.  `known` are the names of skills.
+    Raises BadRequest (http-api 3.3)."""
     given, skills = {*body, *(("name", "skills") if creating else ())}, body.get("skills")
     require("name" not in given or _is_text(body.get("name")), "name required")
     strings = isinstance(skills, list) and all(isinstance(name, str) for name in skills)
@@ -6733,7 +7313,6 @@ def check_workspace(body: Json, creating: bool) -> Json:
             good = body.get(name) is None or not CHECKS[kind](Key(name, kind), body[name])
             require(good, f"{name} must be {KIND_TEXTS[kind]}")
     values = typed(body, WORKSPACE_TYPES)
-    known = {skill["name"] for skill in known_skills()} if skills else set()
     unknown = [name for name in values.get("skills", []) if name not in known]
     require(not unknown, f"Unknown skills: {', '.join(unknown)}")
     if "extensions" in values:
@@ -6812,8 +7391,19 @@ ROUTES = {  # path -> method -> handler
     "/security/profile": {"GET": "security_profile", "PUT": "change_security"},
     "/models": {"GET": "models"},
     "/skills": {"GET": "skills"},
+    "/skills/rescan": {"POST": "rescan_skills"},
+    "/skills/:name": {"GET": "skill_detail"},
+    "/skills/:name/file": {"GET": "skill_file"},
+    "/me/skills": {"GET": "own_skills", "POST": "copy_skill"},
+    "/me/skills/:name": {"GET": "skill_detail", "PUT": "edit_skill", "DELETE": "delete_skill"},
+    "/me/skills/:name/files": {"GET": "skill_file"},
+    "/extensions": {"GET": "extensions"},
+    "/host/directories": {"GET": "host_directories"},
+    "/themes": {"GET": "themes"},
+    "/themes/:name": {"GET": "show_theme", "PUT": "save_theme", "DELETE": "delete_theme"},
     "/workspaces": {"GET": "workspaces", "POST": "create_workspace"},
     "/workspaces/:wid": {"GET": "show_workspace", "PUT": "change_workspace", "DELETE": "delete_workspace"},
+    "/workspaces/:wid/graph": {"GET": "graph"},
     "/sessions": {"GET": "all_sessions"},
     "/local-sessions": {"GET": "local_sessions"},
     "/workspaces/:wid/sessions": {"GET": "sessions", "POST": "create_session"},
@@ -6823,6 +7413,9 @@ ROUTES = {  # path -> method -> handler
     "/workspaces/:wid/sessions/:sid/resume": {"POST": "resume_session"},
     "/workspaces/:wid/sessions/:sid/fork": {"POST": "fork_session"},
     "/workspaces/:wid/sessions/:sid/tool-output/:call": {"GET": "tool_output"},
+    "/workspaces/:wid/sessions/:sid/files": {"GET": "session_file"},
+    "/workspaces/:wid/sessions/:sid/overall-diff": {"GET": "overall_diff"},
+    "/workspaces/:wid/sessions/:sid/client-logs": {"POST": "client_logs"},
     "/permissions/pending": {"GET": "pending"},
     "/permissions/:id/respond": {"POST": "answer_permission"},
     "/policy/profile": {"GET": "policy_profile"},
@@ -6936,7 +7529,7 @@ class Api:
                 "workspaceCount": len(server.store.workspaces),
                 "activeSessionCount": sum(s.get("status") not in ("stopped", "error") for s in sessions),
                 "totalSessionCount": len(sessions),
-                "skillCount": len(known_skills()),
+                "skillCount": len(server.store.skills.all()),
                 "modelCount": len(server.pi.models),
             },
         }
@@ -6948,7 +7541,7 @@ class Api:
             "configVersion": settings["configVersion"],
             **{name: settings[f"security.{name}"] for name in ("profile", *SECURITY_FLAGS)},
             "identity": {**identity, "fingerprint": self.server.fingerprint},
-            "invite": {"format": settings["invite.format"], "maxAgeSeconds": settings["invite.maxAgeSeconds"]},
+            "invite": {"format": settings["invite.format"], "maxAgeSeconds": invite_age(settings)},
         }
 
     async def change_security(self, request: Request) -> Json:
@@ -6981,8 +7574,90 @@ class Api:
     async def models(self, request: Request) -> Json:
         return {"models": await self.server.pi.known_models()}
 
+    # skills, extensions, host
+
     async def skills(self, request: Request) -> Json:
-        return {"skills": known_skills()}
+        return {"skills": await self._work(self.server.store.skills.all)}
+
+    async def _work(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Do what waits for the disk on a thread."""
+        return await asyncio.get_running_loop().run_in_executor(None, work, *given)
+
+    async def rescan_skills(self, request: Request) -> Json:
+        return {"changed": await self._work(self.server.store.skills.rescan), **await self.skills(request)}
+
+    async def skill_detail(self, request: Request, name: str) -> Json:
+        return cast(Json, await self._work(self.server.store.skills.detail, name))
+
+    async def skill_file(self, request: Request, name: str) -> Json:
+        return {"content": await self._first_path(request, functools.partial(self.server.store.skills.read, name))}
+
+    async def _first_path(self, request: Request, read: Callable[[str], Any]) -> Any:
+        """What `read` makes of the first meaning of `path=` that is there."""
+        *others, last = request.named_paths()
+        for path in others:
+            with contextlib.suppress(NotFound):
+                return await self._work(read, path)
+        return await self._work(read, last)
+
+    async def own_skills(self, request: Request) -> Json:
+        skills, workspaces = self.server.store.skills, list(self.server.store.workspaces.values())
+
+        def described(skill: Json) -> Json:
+            enabled = [w["id"] for w in workspaces if skill["name"] in arr(w.get("skills"))]
+            return {**skill, **skills.details(skill), "enabledIn": enabled}
+
+        return {"skills": await self._work(lambda: [described(skill) for skill in skills.all()])}
+
+    async def copy_skill(self, request: Request) -> Reply:
+        """Make a skill of a folder in a session's workspace."""
+        body = request.json()
+        for name in ("name", "sessionId"):
+            require(_is_text(body.get(name)), f"{name} required")
+        record = existing(self.server.store.sessions.get(body["sessionId"]), "Session not found")
+        root, folder = self.server.sessions.work_root(record), str(body.get("path") or body["name"])
+
+        def work() -> Json:
+            source, top = os.path.realpath(os.path.join(root, folder)), os.path.realpath(root)
+            if not inside(source, top):
+                raise Forbidden("Path outside workspace")
+            existing(os.path.isdir(source) or None, "Source directory not found")
+            files = gather(top, os.path.relpath(source, top), self.server.sessions.sensitive)
+            return self.server.store.skills.save(body["name"], files)
+
+        return Reply(201, {"skill": await self._work(work)})
+
+    async def edit_skill(self, request: Request, name: str) -> Json:
+        body = request.json()
+        files = body.get("files") or {}
+        require(isinstance(files, dict), "files must be texts by path")
+        return {"skill": await self._work(self.server.store.skills.edit, name, body.get("content"), files)}
+
+    async def delete_skill(self, request: Request, name: str) -> Reply:
+        await self._work(self.server.store.skills.delete, name)
+        return Reply(204)
+
+    async def extensions(self, request: Request) -> Json:
+        return {"extensions": await self._work(list_extensions)}
+
+    async def host_directories(self, request: Request) -> Json:
+        return {"directories": await self._work(host_directories, request.query.get("root", ""))}
+
+    # themes
+
+    async def themes(self, request: Request) -> Json:
+        return {"themes": await self._work(self.server.store.themes.all)}
+
+    async def show_theme(self, request: Request, name: str) -> Json:
+        return {"theme": await self._work(self.server.store.themes.read, name)}
+
+    async def save_theme(self, request: Request, name: str) -> Reply:
+        theme = await self._work(self.server.store.themes.save, name, request.json().get("theme"))
+        return Reply(201, {"theme": theme, "saved": True})
+
+    async def delete_theme(self, request: Request, name: str) -> Json:
+        await self._work(self.server.store.themes.delete, name)
+        return {"deleted": True}
 
     # workspaces
 
@@ -6992,8 +7667,11 @@ class Api:
 
     def _shown(self, request: Request, *records: Json) -> list[Json]:
         """Workspaces as the app that asks decodes them."""
-        skills, dialect = {skill["name"] for skill in known_skills()}, self.server.dialect_of(self.admit(request))
+        skills, dialect = self._skill_names(), self.server.dialect_of(self.admit(request))
         return [workspace_wire(record, dialect, skills) for record in records]
+
+    def _skill_names(self) -> set[str]:
+        return {skill["name"] for skill in self.server.store.skills.all()}
 
     async def workspaces(self, request: Request) -> Json:
         known = self.server.store.workspaces
@@ -7006,12 +7684,14 @@ class Api:
     def _add_workspace(self, values: Json) -> Json:
         now = now_ms()
         record: Json = {"id": new_id(), "runtime": "host", "createdAt": now, "updatedAt": now, **values}
+        if self.server.settings["security.profile"] == "strict" and record.get("policyPreset") != "host_locked":
+            record["policyPreset"] = "host_standard"
         self.server.store.workspaces[record["id"]] = record
         self.server.store.save_workspace(record)
         return record
 
     async def create_workspace(self, request: Request) -> Reply:
-        record = self._add_workspace(check_workspace(request.json(), True))
+        record = self._add_workspace(check_workspace(request.json(), True, self._skill_names()))
         return Reply(201, {"workspace": self._shown(request, record)[0]})
 
     async def show_workspace(self, request: Request, key: str) -> Json:
@@ -7019,7 +7699,7 @@ class Api:
 
     async def change_workspace(self, request: Request, key: str) -> Json:
         record = self.workspace(key)
-        changes = check_workspace(request.json(), False)
+        changes = check_workspace(request.json(), False, self._skill_names())
         record.update(changes, updatedAt=now_ms())
         for name in [name for name, value in changes.items() if value is None]:
             del record[name]
@@ -7127,6 +7807,40 @@ class Api:
         events, complete = live.log.since(int(since))
         found = {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete}
         return {**found, "session": session_wire(record)}
+
+    async def graph(self, request: Request, key: str) -> Reply:
+        self.workspace(key)
+        if "sessionId" in request.query:
+            self.session(key, request.query["sessionId"])
+        return Reply(200, await self._work(self.server.sessions.graph, key, request.query))
+
+    async def session_file(self, request: Request, key: str, session_id: str) -> Reply:
+        """A file of the workspace, as it is."""
+        import mimetypes
+
+        request.named_paths()
+        sessions = self.server.sessions
+        root = sessions.work_root(self.session(key, session_id))
+        kind = mimetypes.guess_type(request.named_paths()[0])[0] or "application/octet-stream"
+        data = await self._first_path(request, lambda path: read_inside(root, path, FILE_LIMIT, sessions.sensitive))
+        return Reply(200, data, (f"Content-Type: {kind}", "Cache-Control: no-cache", "Content-Security-Policy: sandbox"))
+
+    async def overall_diff(self, request: Request, key: str, session_id: str) -> Reply:
+        record = self.session(key, session_id)
+        path = next((p for p in request.named_paths() if p.strip() in obj(record.get("changeStats")).get("changedFiles", ())), "")
+        return Reply(200, await self.server.sessions.difference(record, (path or request.named_paths()[0]).strip()))
+
+    async def client_logs(self, request: Request, key: str, session_id: str) -> Json:
+        """Keep what the app says about itself, one upload a line."""
+        self.session(key, session_id)
+        body = request.json()
+        entries, stated = log_entries(body), {}
+        for name in ("generatedAt", "trigger", "appVersion", "buildNumber", "osVersion", "deviceModel"):
+            if isinstance(body.get(name), (str, int, float)):
+                stated[name] = body[name][:200] if isinstance(body[name], str) else body[name]
+        line = encode({"receivedAt": now_ms(), **stated, "sessionId": session_id, "workspaceId": key, "entries": entries})
+        await self._work(append_line, self.server.store.path("client-logs", session_id + ".jsonl"), line, LOG_LIMIT)
+        return {"ok": True, "accepted": len(entries)}
 
     async def stop_session(self, request: Request, key: str, session_id: str) -> Json:
         self.session(key, session_id)
@@ -7659,11 +8373,15 @@ class Server:
         self.settings, self.access, self.stamp = settings, access, stamp
         valid = access.principals()
         for client in self.edge.sockets():
-            if client.principal not in valid:
+            if client.principal not in valid or not self.reachable(client.connection):
                 client.close(1008, "Access revoked")
                 client.connection.transport.close()  # at once: nothing it still sends is read, nothing it sent goes on
                 for task in list(client.tasks):
                     task.cancel()
+
+    def reachable(self, connection: Connection) -> bool:
+        """Whether the security profile lets this peer speak plain HTTP."""
+        return plain_http_allowed(connection.peer, connection.local, self.settings["security.profile"])
 
     def principal(self, token: str) -> str:
         """Who presents a token, or "".  The first use of an app 1.0 invite makes its device here."""
@@ -7734,6 +8452,7 @@ class Server:
 
     async def _warm(self) -> None:
         """Ask pi what it is, so that no phone has to wait for it."""
+        await asyncio.get_running_loop().run_in_executor(None, self.store.skills.rescan)
         await self.pi.known_version()
         await self.pi.known_models()
 
@@ -8236,12 +8955,18 @@ def running(root: str) -> Json:
     return {}
 
 
+def invite_age(settings: Settings, seconds: int | None = None) -> int:
+    """How long an invite lives, in seconds; not longer than the profile allows."""
+    wanted = settings["invite.maxAgeSeconds"] if seconds is None else seconds
+    return min(wanted, STRICT_INVITE_S) if settings["security.profile"] == "strict" else wanted
+
+
 def make_invites(store: Store, host: str, port: int, label: str, ttl_s: int) -> tuple[Json, Json]:
     """Fresh invites for app 1.1 and app 1.0; their secrets are stored hashed."""
     store.check_identity()
     private, print_ = store.identity()
     settings, now, pairing, pending = store.settings(), now_ms(), new_token("pt"), new_token("dt")
-    key_id, age = settings["identity.keyId"], settings["invite.maxAgeSeconds"]
+    key_id, age, ttl_s = settings["identity.keyId"], invite_age(settings), invite_age(settings, ttl_s)
     invite = Invite(host, port, pairing, label, print_, settings["security.profile"])
     try:
         v2 = signed_invite(invite._replace(token=pending), read_text(private), key_id, now, age, new_id(16))
@@ -8354,7 +9079,7 @@ def cmd_pair(store: Store, args: argparse.Namespace) -> int:
         raise UsageError(f"An invite needs a port from 1 to 65535 and a ttl of at least 1 second; {advice}")
     label = host if re.fullmatch(r"[\d.]+|.*:.*", host) else host.split(".")[0]
     v3, v2 = make_invites(store, host, port, (args.name or "").strip() or label, args.ttl)
-    lives = {"1.1": (v3, args.ttl), "1.0": (v2, settings["invite.maxAgeSeconds"])}
+    lives = {"1.1": (v3, invite_age(settings, args.ttl)), "1.0": (v2, invite_age(settings))}
     if args.app:
         lives = {args.app: lives[args.app]}
     facts = {name: v3[name] for name in ("host", "port", "scheme", "name", "pairingToken", "fingerprint")}
@@ -8764,6 +9489,23 @@ def policy_cases(args: argparse.Namespace) -> int:
     return 0 if counts["ok"] == counts["cases"] else 1
 
 
+def list_skills(store: Store, args: argparse.Namespace) -> int:
+    skills = store.skills.all()
+    lines = [f"{s['name']:<24} {'own' if not s['builtIn'] else 'pi':<4} {visible(s['description'])[:100]}" for s in skills]
+    return show(args, {"skills": skills}, lines or ["No skills"])
+
+
+def show_skill(store: Store, args: argparse.Namespace) -> int:
+    need(args.name, "skills show NAME")
+    try:
+        detail = store.skills.detail(args.name)
+    except NotFound:
+        raise UsageError(f"There is no skill {args.name!r}; list them with: oppi skills list") from None
+    skill = detail["skill"]
+    head = [f"{skill['name']}  {visible(skill['path'])}", f"in containers: {'yes' if skill['containerSafe'] else 'no'}", ""]
+    return show(args, detail, [*head, *map(visible, detail["files"]), "", *map(visible, detail["content"].split("\n"))])
+
+
 def cmd_help(store: Store, args: argparse.Namespace) -> int:
     build_parser().print_help()
     return 0
@@ -8923,6 +9665,8 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
                option("--input", "check: the tool's arguments", metavar="JSON"),
                option("--cwd", "check: as if in this folder", metavar="DIR"),
                option("--cases", "check: JSON lines of cases with an expected verdict", metavar="FILE")),
+    "skills": ("list the skills a workspace can use, or show one",
+               {None: list_skills, "list": list_skills, "show": show_skill}, option("name", **WORD)),
     "audit": ("show what was decided, or check that no line of it was changed",
               {None: audit_show, "show": audit_show, "verify": audit_verify},
               option("--limit", "newest lines to show", type=int, default=50)),
