@@ -4148,10 +4148,10 @@ class Store:
         data = pretty(record)
         return self.background(lambda: write_file(self.path("workspaces", record["id"] + ".json"), data))
 
-    def forget(self, folder: str, key: str) -> Any:
+    def forget(self, folder: str, key: str, ending: str = ".json") -> Any:
         def work() -> None:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(folder, key + ".json"))
+                os.unlink(self.path(folder, key + ending))
 
         return self.background(work)
 
@@ -4548,6 +4548,7 @@ class Skills:
 
     def __init__(self, own: str) -> None:
         self.own = own
+        self.homes = (own, os.path.expanduser("~/.config/oppi/skills"))  # the second is where the original keeps them
         self._entries: dict[str, tuple[Any, Json | None]] = {}  # folder -> what it looked like, and its entry
         self._seen: dict[str, Any] = {}  # name -> all its files, at the last rescan
         self._lock: Any = None
@@ -4555,12 +4556,12 @@ class Skills:
     def all(self) -> list[Json]:
         """Every skill, sorted by name."""
         found: dict[str, Json] = {}
-        for root in (self.own, os.path.join(agent_dir(), "skills"), os.path.expanduser("~/.agents/skills")):
+        for root in (*self.homes, os.path.join(agent_dir(), "skills"), os.path.expanduser("~/.agents/skills")):
             for path in skill_folders(root):
                 stamp = [file_stamp(os.path.join(path, name)) for name in ("SKILL.md", "scripts")]
                 if self._entries.get(path, (None,))[0] != stamp:
                     with contextlib.suppress(OSError):
-                        self._entries[path] = stamp, skill_entry(path, root != self.own)
+                        self._entries[path] = stamp, skill_entry(path, root not in self.homes)
                 entry = self._entries.get(path, (None, None))[1]
                 if entry:
                     found.setdefault(entry["name"], entry)
@@ -6619,6 +6620,8 @@ class Sessions:
         self.store.changed(session_id)
         for folder in ("sessions", "turns"):
             self.store.forget(folder, session_id)
+        for ending in (".jsonl", ".jsonl.1"):
+            self.store.forget("client-logs", session_id, ending)
         self.hub.publish({"type": "session_deleted", "sessionId": session_id}, everyone=True)
 
     async def trace(self, session_id: str, view: str) -> list[bytes]:
@@ -6644,7 +6647,8 @@ class Sessions:
 
     def work_root(self, record: Json) -> str:
         """Where the files of a session are.  Raises NotFound."""
-        mount = os.path.expanduser(str(obj(self.store.workspaces.get(record.get("workspaceId"))).get("hostMount") or "~").strip())
+        workspace = self.store.workspaces.get(str(record.get("workspaceId")))
+        mount = os.path.expanduser(str(obj(workspace).get("hostMount") or "~").strip())
         if not os.path.isdir(mount):
             raise NotFound("No workspace root for session")
         return mount
@@ -7667,7 +7671,8 @@ class Api:
 
     def _shown(self, request: Request, *records: Json) -> list[Json]:
         """Workspaces as the app that asks decodes them."""
-        skills, dialect = self._skill_names(), self.server.dialect_of(self.admit(request))
+        dialect = self.server.dialect_of(self.admit(request))
+        skills = self._skill_names() if any(record.get("skills") for record in records) else set()
         return [workspace_wire(record, dialect, skills) for record in records]
 
     def _skill_names(self) -> set[str]:
@@ -9180,6 +9185,8 @@ def cmd_serve(store: Store, args: argparse.Namespace) -> int:
         else:
             greet(server, host, port)
 
+    # asyncio loads OpenSSL if it can, which takes 6 ms; nothing here speaks TLS by itself.
+    sys.modules.setdefault("ssl", cast(Any, None))
     asyncio.run(server.run(host, port, announce))
     return 0
 
