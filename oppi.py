@@ -43,8 +43,8 @@ it is shown in full, with invisible characters made visible, or refused.  A proc
 runs as the same user outside the gate is not defended against.
 
 Map: 1 errors and small tools, 2 settings, 3 identity, 4 shell grammar, 5 policy, 6 pi protocol,
-7 trace, 8 stream | I/O starts here | 10 store, 11 skills, 12 host environment, 13 pi process,
-14 sessions, 16 edge, 17 API, 18 server, 19 terminal phone, 20 command line.
+7 trace, 8 stream, 9 push payloads | I/O starts here | 10 store, 11 skills, 12 host environment, 13 pi process,
+14 sessions, 15 notifier, 16 edge, 17 API, 18 server, 19 terminal phone, 20 command line.
 """
 
 from __future__ import annotations
@@ -345,6 +345,10 @@ KEYS = (
     Key("subagents.startupGraceMs", "int", 60_000, 1, help="kept for the original"),
     Key("subagents.defaultWaitTimeoutMs", "int", 1_800_000, 1, help="kept for the original"),
     Key("autoTitle", "object", help="{enabled, model}: name sessions by a model call"),
+    Key("push.webhook", "url", help="where notifications are posted, such as an ntfy topic"),
+    Key("push.webhookTokenFile", "text", help="file with the bearer token for it"),
+    Key("push.detail", "bool", False, help="notifications show commands of low and medium risk"),
+    Key("push.turns", "bool", True, help="notify also when a turn has ended"),
     Key("token", "string", state=True, help="owner token"),
     Key("deviceTokens", "texts", state=True, help="push tokens registered with the original 1.0"),
     Key("pushDeviceTokens", "texts", state=True, help="push tokens"),
@@ -352,6 +356,7 @@ KEYS = (
     Key("pairingToken", "string", state=True),
     Key("pairingTokenExpiresAt", "number", state=True),
     Key("liveActivityToken", "string", state=True),
+    Key("liveActivityDialect", "string", state=True, help="generation of the app that registered it"),
     Key("thinkingLevelByModel", "map", state=True),
     Key("sessionTimeout", "int", state=True, help="old name of sessionIdleTimeoutMs"),
 )
@@ -380,11 +385,13 @@ def _check(expected: str, good: Callable[[Any], bool]) -> Callable[[Key, Any], s
 
 
 # What is wrong with a value for a key, by the key's kind; "" when nothing is.
+URL = r"https?://[^\s\x00-\x20\x7f\"'<>\\]{1,2000}"
 CHECKS: dict[str, Callable[[Key, Any], str]] = {
     "int": _check_int,
     "number": _check("number", lambda value: isinstance(value, (int, float))),
     "text": _check("non-empty string", _is_text),
     "string": _check("string", lambda value: isinstance(value, str)),
+    "url": _check("http or https URL", lambda value: isinstance(value, str) and bool(re.fullmatch(URL, value))),
     "bool": _check("boolean", lambda value: isinstance(value, bool)),
     "choice": lambda key, value: "" if value in key.choices else f"expected one of {', '.join(key.choices)}",
     "texts": _check("array of non-empty strings", lambda value: isinstance(value, list) and all(map(_is_text, value))),
@@ -3810,6 +3817,145 @@ def mergeable(left: Json, right: Json) -> bool:
     )
 
 
+# ════════════════════════════════════ 9. Push payloads ═══════════════════════════════════
+# What may be said in a notification.  It is shown on a locked screen and passes through other people's servers, so it
+# names the tool and the session, and never a command, a path, an error's text or a credential.  Commands are shown
+# only if the person has chosen that, and never those of high or critical risk.
+
+PUSH_TOKEN, PUSH_TOKENS = "[0-9a-f]{32,200}", 20  # what Apple calls a phone; how many are kept
+PUSH_TOKEN_KEYS = ("pushDeviceTokens", "deviceTokens")
+REDACTED = "Open app to review full command details"
+NOTE_TEXT = 150  # characters of a text in a notification; APNs takes 4096 bytes in all
+RISK_NOTES = {  # risk -> interruption level, relevance, sound, priority of APNs, priority of the webhook
+    "critical": ("time-sensitive", 1.0, "default", 10, 5),
+    "high": ("time-sensitive", 0.9, "default", 10, 5),
+    "medium": ("active", 0.7, "default", 10, 4),
+    "low": ("passive", 0.4, None, 5, 3),
+    "": ("active", 0.5, "default", 10, 4),
+}
+EVENT_NOTES = {  # kind -> title, text, category, interruption level, sound, priorities as above
+    "question": ("Input Needed", "The agent asks you something.", "SESSION_DONE", "active", "default", 10, 4),
+    "ended": ("Session Ended", "The agent has finished its turn.", "SESSION_DONE", "passive", None, 5, 3),
+    "error": ("Session Error", "Open the app to see what went wrong.", "SESSION_ERROR", "active", "default", 10, 4),
+    "answered": ("Permission Request", "No longer waiting.", "SESSION_DONE", "passive", None, 5, 1),
+    "test": ("oppi", "Notifications work.", "SESSION_DONE", "active", "default", 10, 3),
+}
+NOTE_TAGS = {"permission": "warning", "question": "question", "ended": "white_check_mark", "error": "x",
+             "answered": "heavy_check_mark", "test": "bell"}  # fmt: skip
+ACTIVITY_WORDS = {  # status -> last event for app 1.0, phase for app 1.1; the first that a session has is the one shown
+    "busy": ("Working", "working"), "stopping": ("Stopping", "working"), "ready": ("Ready", "awaitingReply"),
+    "starting": ("Starting", "working"), "error": ("Error", "error"),
+}  # fmt: skip
+APPLE_EPOCH_S = 978_307_200  # 2001-01-01, from which dates in an activity of app 1.1 count
+STALE_S, DISMISSED_S = 120, 300  # an activity without news is greyed; one that ended goes away
+
+
+class Note(NamedTuple):
+    """Something to tell a person who is not looking.  One with the `key` of another replaces it; `expires` in ms, 0: never."""
+
+    key: str
+    kind: str  # permission, or one of EVENT_NOTES
+    session_id: str
+    payload: Json  # of APNs
+    priority: tuple[int, int]  # of APNs, of the webhook
+    expires: int = 0
+
+
+def note_text(text: Any) -> str:
+    """A text that came from the model or a person, short and without anything invisible."""
+    plain = " ".join(visible(str(text)).split())
+    return plain if len(plain) <= NOTE_TEXT else plain[: NOTE_TEXT - 1] + "…"
+
+
+def permission_note(asked: Sequence[Json], name: str, detail: bool) -> Note:
+    """One note for all that a session asks (permission_request messages, the oldest first)."""
+    wire, risks = asked[-1], [str(each.get("risk")) for each in asked]
+    risk = next((level for level in RISK_NOTES if level in risks), "")
+    level, relevance, sound, *priority = RISK_NOTES[risk]
+    grave = risk in ("critical", "high")
+    summary = note_text(wire["displaySummary"]) if detail and not grave else REDACTED
+    tool = note_text(wire["tool"])
+    body = f"{tool}: {summary}" if len(asked) == 1 else f"{len(asked)} requests wait. {REDACTED}"
+    aps = {
+        "alert": {"title": "Permission Request", "subtitle": note_text(name), "body": body}, "interruption-level": level,
+        "category": "PERMISSION_BIOMETRIC" if grave else "PERMISSION_REQUEST", "relevance-score": relevance,
+        **({"sound": sound} if sound else {}),
+    }  # fmt: skip
+    more = {"permissionId": wire["id"], "sessionId": wire["sessionId"], "risk": risk or "medium", "tool": tool}
+    payload = {"aps": aps, **more, "summary": summary, "timeoutAt": wire["timeoutAt"]}
+    expires = wire["timeoutAt"] if wire["expires"] else 0
+    return Note(wire["id"], "permission", wire["sessionId"], payload, (priority[0], priority[1]), expires)
+
+
+def event_note(kind: str, session_id: str, name: str, key: str = "") -> Note:
+    """A note of a kind in EVENT_NOTES; with the `key` of another one it takes that one's place."""
+    title, text, category, level, sound, apns, webhook = EVENT_NOTES[kind]
+    alert = {"title": title, "subtitle": note_text(name), "body": text}
+    aps = {"alert": alert, "category": category, "interruption-level": level, **({"sound": sound} if sound else {})}
+    told = {"event": kind} if kind in ("ended", "error") else {}
+    return Note(key or f"{kind}-{session_id}", kind, session_id, {"aps": aps, "sessionId": session_id, **told}, (apns, webhook))
+
+
+def webhook_message(note: Note) -> tuple[dict[str, str], str]:
+    """Headers and text of a note as ntfy takes them."""
+    import base64
+
+    alert = note.payload["aps"]["alert"]
+    title = f"{alert['title']}: {alert['subtitle']}" if alert["subtitle"] else alert["title"]
+    if not title.isascii():
+        title = f"=?UTF-8?B?{base64.b64encode(title.encode('utf-8', 'replace')).decode()}?="
+    fields = {"Title": title, "Priority": str(note.priority[1]), "Tags": NOTE_TAGS[note.kind]}
+    return {**fields, "Click": f"oppi://session/{note.session_id}" if note.session_id else "oppi://"}, alert["body"]
+
+
+def apns_headers(note: Note, bundle: str) -> dict[str, str]:
+    """Headers of an alert, without the authorization."""
+    fields = {"apns-topic": bundle, "apns-push-type": "alert", "apns-priority": str(note.priority[0])}
+    fields["apns-collapse-id"] = note.key[:64]
+    return {**fields, **({"apns-expiration": str(note.expires // 1000)} if note.expires else {})}
+
+
+def activity_state(dialect: str, sessions: Sequence[Json], asked: Sequence[Json], now: int) -> Json | None:
+    """The live activity as an app generation decodes it; None if no session runs.  Times in ms."""
+    order = list(ACTIVITY_WORDS)
+    running = [session for session in sessions if session.get("status") in ACTIVITY_WORDS]
+    if not running:
+        return None
+    first = min(running, key=lambda s: (order.index(s["status"]), -whole(s.get("lastActivity"))))
+    words, tool = ACTIVITY_WORDS[first["status"]], note_text(asked[-1]["tool"]) if asked else None
+    counts = {status: sum(session["status"] == status for session in running) for status in order}
+    if dialect == "1.0":
+        state: Json = {"status": "ready" if first["status"] == "starting" else first["status"], "activeTool": tool}
+        state.update(pendingPermissions=len(asked), lastEvent="Permission required" if asked else words[0])
+        state["elapsedSeconds"] = max(0, now - whole(first.get("createdAt"))) // 1000
+    else:
+        state = {"primaryPhase": "needsApproval" if asked else words[1], "primarySessionId": first["id"]}
+        state["primarySessionName"] = note_text(first.get("name") or first["id"])
+        state.update(totalActiveSessions=len(running), sessionsAwaitingReply=counts["ready"], pendingApprovalCount=len(asked))
+        state.update(sessionsWorking=counts["busy"] + counts["stopping"] + counts["starting"], primaryTool=tool)
+        state.update({"topPermissionId": asked[-1]["id"], "topPermissionTool": tool} if asked else {})
+        state["sessionStartDate"] = whole(first.get("createdAt")) / 1000 - APPLE_EPOCH_S
+    return {name: value for name, value in state.items() if value is not None}
+
+
+def activity_payload(state: Json, stamp: int, ending: bool = False) -> Json:
+    """An update or the end of a live activity; `stamp` in s."""
+    aps = {"timestamp": stamp, "event": "end" if ending else "update", "content-state": state}
+    aps.update({"dismissal-date": stamp + DISMISSED_S} if ending else {"stale-date": stamp + STALE_S})
+    return {"aps": aps}
+
+
+def curl_config(fields: Iterable[tuple[str, str]]) -> bytes:
+    """Options for `curl --config -`.  Raises ValueError for a control character: a line would end there."""
+    lines = []
+    for name, value in fields:
+        if re.search("[\x00-\x1f\x7f]", value):
+            raise ValueError(f"control character in {name}")
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        lines.append(f'{name} = "{quoted}"\n')
+    return "".join(lines).encode("utf-8", "replace")
+
+
 # ═════════════════════════════════════════════════════════════════════════════════════════
 # ═══════════════════════════════════ I/O starts here ═════════════════════════════════════
 # Above this line nothing imports asyncio, os, socket, subprocess or ssl (a test reads the syntax
@@ -4791,16 +4937,19 @@ def short_host() -> str:
     return socket.gethostname().split(".")[0] or "oppi"
 
 
-async def run_program(argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = 20) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a program with no stdin; (-1, "", reason) if it cannot run or is too slow."""
+async def run_program(
+    argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = 20, data: bytes | None = None
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a program with `data` on stdin; (-1, "", reason) if it cannot run or is too slow."""
+    given = subprocess.DEVNULL if data is None else subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(
-            *argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            *argv, env=env, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
     except OSError as error:
         return -1, "", str(error)
     try:
-        out, err = await asyncio.wait_for(process.communicate(), timeout)
+        out, err = await asyncio.wait_for(process.communicate(data), timeout)
     except asyncio.TimeoutError:
         process.kill()
         await process.wait()
@@ -5181,15 +5330,23 @@ WIRE_STATUS = {name: "stopping" if name in STOPPING else name for name in LIFE}
 LEAVING = ("ending", "quitting", "killed", "stopped")  # nothing new is taken on
 
 
+ATTENTION_S = 10.0  # a phone that was silent for longer is asked for a sign of life, and has as long to give it
+
+
 class Hub:
     """All connected phones.  `publish` renders a message at most once per dialect."""
 
     def __init__(self) -> None:
         self.clients: set[Client] = set()
+        self.ended: dict[str, str] = {}  # session whose turn has ended unseen -> how, until the notifier has looked
 
     def publish(self, message: Json, everyone: bool = False, but: Any = None) -> None:
         """Give a session's message to its subscribers, or to every phone."""
         session_id, notify = message["sessionId"], message["type"] in NOTIFY
+        if message["type"] in ("agent_end", "error"):
+            now = time.monotonic()
+            if not any(c.level(session_id) and now - c.heard <= ATTENTION_S for c in self.clients):
+                self.ended[session_id] = "error" if message["type"] == "error" else self.ended.get(session_id, "ended")
         shared: dict[str, bytes] = {}
         for client in list(self.clients):
             level = client.level(session_id)
@@ -6834,6 +6991,277 @@ def live_entries(messages: Sequence[Any]) -> list[Json]:
     return found
 
 
+# ══════════════════════════════════════ 15. Notifier ═════════════════════════════════════
+# Tells a person who is not looking that something waits for them: through Apple's push service, and through a webhook
+# such as ntfy.  It looks at the state twice a second instead of at events: what waits, whom nobody sees, is told once;
+# what a rule answered never waits.  Everything is sent by the system's `curl`, which reads address, token and text
+# from its standard input.  A route that fails or hangs costs a log line, and no session notices.
+
+PATIENCE_S = 1.0  # what is answered sooner is not worth a push
+SEND_LIMIT_S, TRIES, NOTES_AT_ONCE = 15, 4, 32  # of one request; attempts; notes under way at once
+ACTIVITY_PAUSE_S = 5.0  # between two updates that are not urgent
+JWT_LIFE_S = 50 * 60
+APNS_HOSTS = {"production": "https://api.push.apple.com", "sandbox": "https://api.sandbox.push.apple.com"}
+GONE = ("BadDeviceToken", "DeviceTokenNotForTopic", "Unregistered")
+STALE_JWT = ("ExpiredProviderToken", "InvalidProviderToken")
+
+
+async def curl(fields: Iterable[tuple[str, str]]) -> tuple[int, str]:
+    """(status, body) of an HTTP request; (0, what went wrong) without an answer."""
+    flags = f'silent\nshow-error\ngloboff\nconnect-timeout = 5\nmax-time = {SEND_LIMIT_S}\nwrite-out = "\\n%{{http_code}}"\n'
+    try:
+        data = flags.encode() + curl_config(fields)
+    except ValueError as error:
+        return -1, str(error)
+    env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": os.path.expanduser("~")}
+    code, out, err = await run_program(["curl", "-q", "--config", "-"], env, SEND_LIMIT_S + 5, data)
+    body, _, status = out.rpartition("\n")
+    if code == 0 and status.isdigit():
+        return int(status), body[:500]
+    return 0, redact(err.strip())[:200] or f"curl ended with {code}"
+
+
+class Apns:
+    """Apple's push service, as `apns.json` says: keyPath, keyId, teamId, bundleId, environment; host and caFile for another
+    server that speaks its protocol."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._stamp: Any = None
+        self._config: Json = {}
+        self._jwt = ("", 0.0)
+
+    def config(self) -> Json:
+        """{} if push is not set up, or not rightly; that is said once."""
+        stamp = file_stamp(self.path)
+        if stamp != self._stamp:
+            self._stamp, self._config, self._jwt = stamp, {}, ("", 0.0)
+            try:
+                given = obj(parse_json(read_regular(self.path))) if stamp else {}
+                wrong = [name for name in ("keyPath", "keyId", "teamId", "bundleId") if stamp and not _is_text(given.get(name))]
+                if stamp and (wrong or given.get("environment", "sandbox") not in APNS_HOSTS):
+                    raise ValueError(f"{', '.join(wrong) or 'environment'} is missing or wrong")
+                self._config = given
+            except (OSError, ValueError) as error:
+                log("push", f"{self.path}: {error}; nothing is sent to Apple")
+        return self._config
+
+    def jwt(self, fresh: bool = False) -> str:
+        """The token that says who sends, ES256, made anew before an hour is over.  Raises OSError or ValueError."""
+        token, made = self._jwt
+        if fresh or not token or time.time() - made > JWT_LIFE_S:
+            token, made = self._signed(int(time.time())), time.time()
+            self._jwt = token, made
+        return token
+
+    def _signed(self, now: int) -> str:
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey
+        from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        config = self.config()
+        key = load_pem_private_key(read_regular(os.path.expanduser(config["keyPath"])), None)
+        if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
+            raise ValueError(f"{config['keyPath']} is no P-256 key")
+        parts = {"alg": "ES256", "kid": config["keyId"]}, {"iss": config["teamId"], "iat": now}
+        text = ".".join(b64u(encode(part)) for part in parts)
+        numbers = decode_dss_signature(key.sign(text.encode(), ECDSA(hashes.SHA256())))
+        return f"{text}.{b64u(b''.join(number.to_bytes(32, 'big') for number in numbers))}"
+
+    async def send(self, token: str, headers: dict[str, str], payload: Json) -> tuple[int, str]:
+        """(status, reason) of one push; a stale JWT is renewed once."""
+        config, status, reason = self.config(), 0, ""
+        host = config.get("host") or APNS_HOSTS[config.get("environment", "sandbox")]
+        for fresh in (False, True):
+            try:
+                jwt = await asyncio.get_running_loop().run_in_executor(None, self.jwt, fresh)
+            except (OSError, ValueError) as error:
+                return -1, str(error)
+            fields = [("url", f"{host}/3/device/{token}"), ("proto", "=https"), ("data-raw", dumps(payload))]
+            fields += [("header", f"{name}: {value}") for name, value in (("authorization", f"bearer {jwt}"), *headers.items())]
+            fields += [("cacert", config["caFile"])] if config.get("caFile") else []
+            status, reason = await curl([*fields, ("http2", "true"), ("header", "content-type: application/json")])
+            with contextlib.suppress(ValueError):
+                reason = str(obj(parse_json(reason.encode())).get("reason") or reason)
+            if status != 403 or reason not in STALE_JWT:
+                break
+        return status, reason
+
+
+class Notifier:
+    """Sends notes.  `configure` changes the settings; `hub` knows the phones and the turns that have ended."""
+
+    def __init__(self, store: Store, settings: Callable[[], Settings], configure: Callable[[Json], None], hub: Hub) -> None:
+        self.store, self.settings, self.configure, self.hub = store, settings, configure, hub
+        self.apns = Apns(store.path("apns.json"))
+        self.seen: dict[str, float] = {}  # permission or dialog -> since when it is known
+        self.told: dict[str, Note] = {}  # the same -> the note it was told by
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tries = TRIES
+        self._activity: tuple[Json, float] = ({}, -math.inf)  # last state sent, and when
+        self._stamp = 0
+
+    def routes(self) -> dict[str, Callable[[Note], Any]]:
+        """What notes can be sent by, name -> how."""
+        found: dict[str, Callable[[Note], Any]] = {}
+        if self.settings()["push.webhook"]:
+            found["webhook"] = self.by_webhook
+        if self.apns.config() and self.push_tokens():
+            found["apns"] = self.by_apns
+        return found
+
+    def push_tokens(self) -> list[str]:
+        settings = self.settings()
+        known = [token for name in PUSH_TOKEN_KEYS for token in settings[name] or []]
+        return [token for token in OrderedDict.fromkeys(known) if re.fullmatch(PUSH_TOKEN, token)]
+
+    # what to tell
+
+    def look(self, active: Mapping[str, LiveSession], pending: Mapping[str, Pending]) -> None:
+        """Tell what waits and nobody sees.  Called twice a second."""
+        now, ended = time.monotonic(), dict(self.hub.ended)
+        self.hub.ended.clear()
+        if not self.settings()["push.webhook"] and not self.apns.config():
+            return
+        asked = [p.wire for p in pending.values()]
+        dialogs = {str(d["id"]): live for live in active.values() for d in live.questions()}
+        self.seen = {key: self.seen.get(key, now) for key in (*pending, *dialogs)}
+        self._withdraw(active)
+        there = [client for client in list(self.hub.clients) if self._attentive(client, now)]
+        new = [key for key, since in self.seen.items() if key not in self.told and now - since >= PATIENCE_S]
+        for live in [] if there else active.values():
+            waiting = [wire for wire in asked if wire["sessionId"] == live.id]
+            fresh = [wire["id"] for wire in waiting if wire["id"] in new]
+            if fresh:
+                self._tell(fresh, permission_note(waiting, self._name(live.id), self.settings()["push.detail"]))
+            for key in [key for key, owner in dialogs.items() if owner is live and key in new]:
+                self._tell([key], event_note("question", live.id, self._name(live.id), key))
+        self._turns(ended, active, there)
+        self._show_activity([live.record for live in active.values()], asked, now)
+
+    def _name(self, session_id: str) -> str:
+        return str(obj(self.store.sessions.get(session_id)).get("name") or session_id)
+
+    def _attentive(self, client: Client, now: float) -> bool:
+        """Whether a phone is there: one that sleeps may keep its socket open without reading from it."""
+        if client.open and now - client.heard > ATTENTION_S and client.asked <= client.heard:
+            client.asked = now
+            client.ping()
+        return client.open and now - max(client.heard, client.asked) <= ATTENTION_S
+
+    def _tell(self, keys: Iterable[str], note: Note) -> None:
+        self.told.update(dict.fromkeys(keys, note))
+        self.send(note)
+
+    def _withdraw(self, active: Mapping[str, LiveSession]) -> None:
+        """Put a quiet note in the place of one whose questions were all answered."""
+        gone = {key: note for key, note in self.told.items() if key not in self.seen}
+        self.told = {key: note for key, note in self.told.items() if key in self.seen}
+        for note in {note.key: note for note in gone.values() if note not in self.told.values()}.values():
+            self.send(event_note("answered", note.session_id, self._name(note.session_id), note.key))
+
+    def _turns(self, ended: dict[str, str], active: Mapping[str, LiveSession], there: Sequence[Client]) -> None:
+        """Tell that turns have ended, once they really have: pi may try again."""
+        for session_id, kind in ended.items() if self.settings()["push.turns"] else ():
+            live = active.get(session_id)
+            if live and live.running:
+                self.hub.ended.setdefault(session_id, kind)
+            elif not any(client.level(session_id) for client in there):
+                self.send(event_note(kind, session_id, self._name(session_id)))
+
+    def _show_activity(self, records: Sequence[Json], asked: Sequence[Json], now: float) -> None:
+        """Keep the live activity of the phone that has registered for one up to date."""
+        token, dialect = (self.settings()[name] or "" for name in ("liveActivityToken", "liveActivityDialect"))
+        before, sent = self._activity
+        if not (token and dialect and self.apns.config() and re.fullmatch(PUSH_TOKEN, token)):
+            return
+        state = activity_state(dialect, records, asked, now_ms())
+        ending = state is None
+        state = before if state is None else state
+        told, known = ({k: v for k, v in each.items() if k != "elapsedSeconds"} for each in (state, before))
+        counts = [whole(each.get("pendingPermissions", each.get("pendingApprovalCount"))) for each in (state, before)]
+        urgent = counts[0] > counts[1] or ("error" in (state.get("status"), state.get("primaryPhase")) and told != known)
+        if not state or not (ending or (told != known and (urgent or now - sent >= ACTIVITY_PAUSE_S))):
+            return
+        self._activity = ({} if ending else state, now)
+        self._stamp = max(self._stamp + 1, int(time.time()))
+        topic = f"{self.apns.config()['bundleId']}.push-type.liveactivity"
+        headers = {"apns-topic": topic, "apns-push-type": "liveactivity", "apns-priority": "10" if urgent else "5"}
+        self._spawn(self._to_phone(token, headers, activity_payload(state, self._stamp, ending), forget=ending))
+
+    # sending
+
+    def send(self, note: Note) -> None:
+        """By every route, beside everything else."""
+        for how in self.routes().values():
+            self._spawn(how(note))
+
+    def _spawn(self, work: Any) -> None:
+        if len(self.tasks) >= NOTES_AT_ONCE:
+            work.close()
+            log("push", "too many notes are under way; one is left out")
+            return
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _tries(self, send: Callable[[], Any], note: Note | None = None) -> tuple[int, str]:
+        """Send, again after a while if the other side may take it then, and as long as it matters."""
+        status, text = 0, ""
+        for attempt in range(self.tries):
+            status, text = await send()
+            pause = float(2**attempt)
+            late = note is not None and note.expires and now_ms() + pause * 1000 > note.expires
+            if status not in (0, 429, 500, 502, 503, 504) or late or attempt == self.tries - 1:
+                break
+            await asyncio.sleep(pause)
+            if note is not None and note.kind == "permission" and note not in self.told.values():
+                break
+        if not 200 <= status < 300:
+            log("push", f"{note.kind if note else 'activity'} was not taken: {status} {text[:200]}")
+        return status, text
+
+    async def by_webhook(self, note: Note) -> tuple[int, str]:
+        """(status, body) of the webhook."""
+        settings, (headers, text) = self.settings(), webhook_message(note)
+        fields = [("url", settings["push.webhook"]), ("proto", "=http,https"), ("data-raw", text)]
+        if settings["push.webhookTokenFile"]:
+            try:
+                secret = read_regular(os.path.expanduser(settings["push.webhookTokenFile"]), 4096).decode().strip()
+            except (OSError, ValueError) as error:
+                return -1, str(error)
+            headers["Authorization"] = f"Bearer {secret}"
+        headers["Content-Type"] = "text/plain; charset=utf-8"
+        fields += [("header", f"{name}: {value}") for name, value in headers.items()]
+        return await self._tries(lambda: curl(fields), note)
+
+    async def by_apns(self, note: Note) -> tuple[int, str]:
+        """(status, reason) of the phone that went worst."""
+        headers = apns_headers(note, self.apns.config()["bundleId"])
+        found = [await self._to_phone(token, headers, note.payload, note=note) for token in self.push_tokens()]
+        return max(found, key=lambda each: (each[0] != 200, each[0]), default=(0, "no phone has registered for push"))
+
+    async def _to_phone(
+        self, token: str, headers: dict[str, str], payload: Json, forget: bool = False, note: Note | None = None
+    ) -> tuple[int, str]:
+        """Push to one phone; its token is forgotten when Apple knows it no longer, or after the end of an activity."""
+        status, reason = await self._tries(lambda: self.apns.send(token, headers, payload), note)
+        settings = self.settings()
+        if status == 410 or (status == 400 and reason in GONE) or (forget and status == 200):
+            changes: Json = {name: [t for t in settings[name] or () if t != token] for name in PUSH_TOKEN_KEYS if settings[name]}
+            if settings["liveActivityToken"] == token:
+                changes["liveActivityToken"] = ""
+            self.configure(changes)
+        return status, reason
+
+    async def close(self) -> None:
+        """What is under way is given up."""
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
 # ═════════════════════════════════════════ 16. Edge ══════════════════════════════════════
 # HTTP/1.1 and WebSocket on one port.  A connection reads one request at a time, within bounds on
 # every part of it; the token is checked before a body is read.  An upgrade hands the bytes to the
@@ -7107,6 +7535,7 @@ class Client:
         self.tasks: set[asyncio.Task[None]] = set()
         self.ready = asyncio.Event()  # set once the first frames of a per-session socket are out
         self.missed = 0  # pings without a pong
+        self.heard, self.asked = time.monotonic(), 0.0  # when the phone last sent anything; when it was asked to
         self._partial: list[bytes] = []  # frames of an unfinished message
 
     @property
@@ -7173,6 +7602,7 @@ class Client:
     def received(self, data: bytes) -> None:
         """Bytes of the peer; b"" at its end."""
         if data:
+            self.heard = time.monotonic()
             self.protocol.receive_data(data)
         else:
             self.protocol.receive_eof()
@@ -7564,15 +7994,20 @@ class Api:
 
     async def push_token(self, request: Request) -> Json:
         """Register or remove a push token.  It is an address, never a credential."""
-        body, adding = request.json(), request.method == "POST"
-        token = body.get("deviceToken")
-        good = _is_text(token) and len(str(token)) <= 512
-        require(good or not adding, "deviceToken required")
-        if good and body.get("tokenType") == "liveactivity":
-            self.server.configure({"liveActivityToken": token if adding else ""})
-        elif good:
-            others = [t for t in self.server.settings["pushDeviceTokens"] or [] if t != token]
-            self.server.configure({"pushDeviceTokens": [*others, token][-32:] if adding else others})
+        body, adding, server = request.json(), request.method == "POST", self.server
+        given, settings = body.get("deviceToken"), server.settings
+        require(_is_text(given) or not adding, "deviceToken required")
+        token = str(given or "").lower()
+        require(re.fullmatch(PUSH_TOKEN, token) or not adding, "deviceToken must be 32 to 200 hexadecimal digits")
+        if body.get("tokenType") == "liveactivity":
+            principal = self.admit(request)  # the owner token does not say which app it is
+            dialect = server.dialect_of(principal) if adding and not principal.startswith("owner:") else ""
+            server.configure({"liveActivityToken": token if adding else "", "liveActivityDialect": dialect})
+        elif token:
+            others = [t for t in settings["pushDeviceTokens"] or [] if t != token]
+            old = [t for t in settings["deviceTokens"] or [] if t != token]
+            kept = {"deviceTokens": old} if settings["deviceTokens"] else {}
+            server.configure({"pushDeviceTokens": [*others, token][-PUSH_TOKENS:] if adding else others, **kept})
         return {"ok": True}
 
     async def models(self, request: Request) -> Json:
@@ -8335,6 +8770,7 @@ class Server:
         self.hub = Hub()
         self.approvals = Approvals(store, self.hub, lambda: self.settings)
         self.sessions = Sessions(store, lambda: self.settings, self.pi, self.hub, self.approvals)
+        self.notifier = Notifier(store, lambda: self.settings, self.configure, self.hub)
         self.api = Api(self)
         self.edge = Edge(self.api)
         self._lock = -1
@@ -8468,6 +8904,7 @@ class Server:
             ticks += 1
             try:
                 self.reload()
+                self.notifier.look(self.sessions.active, self.approvals.pending)
                 if ticks % 2 == 0:
                     self.sessions.tick()
                 if ticks % (PING_S * 2) == 0:
@@ -8479,6 +8916,7 @@ class Server:
     async def close(self) -> None:
         """Sessions, then sockets, then the disk."""
         self.edge.server.close()
+        await self.notifier.close()
         await self.sessions.close()
         await self.edge.close()
         await asyncio.get_running_loop().run_in_executor(None, self.store.close)
@@ -9496,6 +9934,30 @@ def policy_cases(args: argparse.Namespace) -> int:
     return 0 if counts["ok"] == counts["cases"] else 1
 
 
+def push_test(store: Store, args: argparse.Namespace) -> int:
+    """Send a note by every route, or by one, and say what the other side answered."""
+
+    def configure(changes: Json) -> None:
+        store.change_config(lambda raw: raw.update(changes))
+
+    notifier = Notifier(store, store.settings, configure, Hub())
+    notifier.tries = 1
+    routes = {name: how for name, how in notifier.routes().items() if args.route in (None, name)}
+    if not routes:
+        advice = "oppi config set push.webhook URL; for Apple's service see docs/operations.md"
+        raise UsageError(f"No such way of notifying is set up. Set one up with: {advice}")
+
+    async def work() -> dict[str, tuple[int, str]]:
+        return {name: await how(event_note("test", "", short_host())) for name, how in routes.items()}
+
+    found = asyncio.run(work())
+    good = {name: 200 <= status < 300 for name, (status, _) in found.items()}
+    facts = {name: {"ok": good[name], "status": max(0, status), "answer": text} for name, (status, text) in found.items()}
+    signs = {name: f"{'✓' if good[name] else '✗'} {name}: {fact['status'] or 'no answer'}" for name, fact in facts.items()}
+    lines = [f"{sign} {visible(str(facts[name]['answer']))}".rstrip() for name, sign in signs.items()]
+    return show(args, {"routes": facts}, lines, int(not all(good.values())))
+
+
 def list_skills(store: Store, args: argparse.Namespace) -> int:
     skills = store.skills.all()
     lines = [f"{s['name']:<24} {'own' if not s['builtIn'] else 'pi':<4} {visible(s['description'])[:100]}" for s in skills]
@@ -9674,6 +10136,8 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
                option("--cases", "check: JSON lines of cases with an expected verdict", metavar="FILE")),
     "skills": ("list the skills a workspace can use, or show one",
                {None: list_skills, "list": list_skills, "show": show_skill}, option("name", **WORD)),
+    "push": ("send a notification to see that it arrives", {"test": push_test},
+             option("--route", "only this way", choices=("webhook", "apns"))),
     "audit": ("show what was decided, or check that no line of it was changed",
               {None: audit_show, "show": audit_show, "verify": audit_verify},
               option("--limit", "newest lines to show", type=int, default=50)),

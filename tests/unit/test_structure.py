@@ -88,3 +88,13 @@ def test_the_file_can_be_read_in_one_sitting() -> None:
 
 def test_nothing_is_left_to_do() -> None:
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", SOURCE)
+
+
+def test_no_name_means_two_things() -> None:
+    """A table of one section must not take the place of another section's of the same name."""
+    names = [
+        target.id for node in TREE.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)
+    ]
+    names += [node.target.id for node in TREE.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    names += [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
