@@ -2133,7 +2133,8 @@ def _secret(path: str, ctx: Context) -> bool:
 
 def sensitive_file(path: str, data_dir: str) -> bool:
     """Whether a phone may never read a file through the server, be its name as harmless as it will."""
-    return bool(SENSITIVE_FILE.search(path) or SECRET_PATH.search(path)) or guarded(path, data_dir)
+    found = SECRET_PATH.search(path)
+    return bool(SENSITIVE_FILE.search(path) or (found and found.lastgroup != "own")) or guarded(path, data_dir)
 
 
 @functools.lru_cache(maxsize=8)
