@@ -7621,6 +7621,7 @@ class Api:
             require(_is_text(body.get(name)), f"{name} required")
         record = existing(self.server.store.sessions.get(body["sessionId"]), "Session not found")
         root, folder = self.server.sessions.work_root(record), str(body.get("path") or body["name"])
+        require("\0" not in folder, "path holds a NUL")
 
         def work() -> Json:
             source, top = os.path.realpath(os.path.join(root, folder)), os.path.realpath(root)
