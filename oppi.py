@@ -6879,7 +6879,7 @@ class Request:
         import urllib.parse
 
         _, found, text = self.raw_query.partition("path=")
-        require(found and text.strip(), "path parameter required")
+        require(found and urllib.parse.unquote(text).strip(), "path parameter required")
         try:
             return list(OrderedDict.fromkeys(urllib.parse.unquote(t, errors="strict") for t in (text, text.replace("+", " "))))
         except UnicodeDecodeError:
@@ -7834,7 +7834,8 @@ class Api:
 
     async def overall_diff(self, request: Request, key: str, session_id: str) -> Reply:
         record = self.session(key, session_id)
-        path = next((p for p in request.named_paths() if p.strip() in obj(record.get("changeStats")).get("changedFiles", ())), "")
+        changed = arr(obj(record.get("changeStats")).get("changedFiles"))
+        path = next((p for p in request.named_paths() if p.strip() in changed), "")
         return Reply(200, await self.server.sessions.difference(record, (path or request.named_paths()[0]).strip()))
 
     async def client_logs(self, request: Request, key: str, session_id: str) -> Json:

@@ -280,7 +280,7 @@ class TestDetail:
 
 
 class TestFile:
-    @pytest.mark.parametrize("query", ["", "?", "?path=", "?paths=x", "?name=x"])
+    @pytest.mark.parametrize("query", ["", "?", "?path=", "?path=%20", "?paths=x", "?name=x"])
     def test_a_path_is_required(self, rig: Rig, phone: Phone, query: str) -> None:
         add(pis(rig), "skill")
         assert phone.request("GET", "/skills/skill/file" + query) == PATH400
