@@ -4250,16 +4250,19 @@ class Themes:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
+    def path(self, name: str) -> str:
+        """Raises NotFound."""
+        path, plain = os.path.join(self.folder, name + ".json"), re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)
+        there = plain and os.path.lexists(path) and not os.path.isdir(path)
+        return cast(str, existing(path if there else None, f'Theme "{visible(name)}" not found'))
+
     def read(self, name: str) -> Json:
         """Raises NotFound; OppiError for a file that holds no theme."""
+        path = self.path(name)
         try:
-            require(re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name), "no name of a theme")
-            return checked_theme(parse_json(read_inside(self.folder, name + ".json", THEME_LIMIT)), name)
-        except ValueError:
+            return checked_theme(parse_json(read_inside(self.folder, path, THEME_LIMIT)), name)
+        except (OppiError, ValueError):
             raise OppiError("Failed to read theme") from None
-        except OppiError as error:
-            unknown = isinstance(error, NotFound) or "name of" in str(error)
-            raise NotFound(f'Theme "{visible(name)}" not found') if unknown else OppiError("Failed to read theme") from None
 
     def all(self) -> list[Json]:
         found: list[Json] = []
@@ -4280,8 +4283,7 @@ class Themes:
 
     def delete(self, name: str) -> None:
         """Raises NotFound."""
-        self.read(name)
-        os.unlink(os.path.join(self.folder, name + ".json"))
+        os.unlink(self.path(name))
 
 
 def log_entries(body: Json) -> list[Json]:
