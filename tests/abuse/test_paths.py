@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import oppi
 from tests.support.phone import THEME_CORE
 from tests.wire.rig import Rig
 
@@ -259,18 +260,19 @@ def test_what_is_exchanged_for_a_link_is_not_followed(place: Place, name: str) -
     assert all(200 in statuses and len(statuses) > 1 for statuses in seen.values()), seen
 
 
-def test_a_skill_that_is_copied_meanwhile_holds_nothing_from_outside(place: Place) -> None:
-    source, secrets = place.root / "tool", place.outer / "race" / "copy"
-    put(source / "SKILL.md", "---\ndescription: A skill\n---\n")
+def test_a_skill_that_is_copied_meanwhile_holds_nothing_from_outside(tmp_path: Path) -> None:
+    """Reading the files of a folder that is to become a skill, without the disk's time for writing them."""
+    source, made = tmp_path / "root" / "tool", 0
+    put(source / "SKILL.md", "A skill")
     put(source / "swapped", GOOD)
     put(source / "way" / "x", GOOD)
-    put(secrets / "x", CANARY)
-    works = [(swap_file, source / "swapped", secrets / "x"), (swap_folder, source / "way", secrets)]
-    own, made = place.rig.server.data / "skills", 0
+    put(tmp_path / "vault" / "x", CANARY)
+    works = [(swap_file, source / "swapped", tmp_path / "vault" / "x"), (swap_folder, source / "way", tmp_path / "vault")]
+    end = time.monotonic() + RACE_S
     with Swapping(*works):
-        for status, body in keep_asking(place.rig, "POST", ["/me/skills"], {"name": "tool", "sessionId": place.sid}):
-            assert CANARY.encode() not in body and status in (201, 400, 403, 404), body
-            made += status == 201
-            for path in own.rglob("*"):
-                assert not path.is_symlink() and (path.is_dir() or CANARY not in path.read_text())
+        while time.monotonic() < end:
+            with contextlib.suppress(oppi.OppiError, OSError):  # something was not there at a bad moment
+                files = oppi.gather(str(tmp_path / "root"), "tool")
+                assert CANARY.encode() not in files.values()
+                made += GOOD.encode() in files.values()
     assert made
