@@ -2140,7 +2140,8 @@ def _secret(path: str, ctx: Context) -> bool:
 
 def sensitive_file(path: str, data_dir: str) -> bool:
     """Whether a phone may never read a file through the server, be its name as harmless as it will."""
-    return bool(SENSITIVE_FILE.search(path) or SECRET_PATH.search(path)) or guarded(path, data_dir)
+    found = SECRET_PATH.search(path)
+    return bool(SENSITIVE_FILE.search(path) or (found and found.lastgroup != "own")) or guarded(path, data_dir)
 
 
 @functools.lru_cache(maxsize=8)
@@ -4395,16 +4396,19 @@ class Themes:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
+    def path(self, name: str) -> str:
+        """Raises NotFound."""
+        path, plain = os.path.join(self.folder, name + ".json"), re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)
+        there = plain and os.path.lexists(path) and not os.path.isdir(path)
+        return cast(str, existing(path if there else None, f'Theme "{visible(name)}" not found'))
+
     def read(self, name: str) -> Json:
         """Raises NotFound; OppiError for a file that holds no theme."""
+        path = self.path(name)
         try:
-            require(re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name), "no name of a theme")
-            return checked_theme(parse_json(read_inside(self.folder, name + ".json", THEME_LIMIT)), name)
-        except ValueError:
+            return checked_theme(parse_json(read_inside(self.folder, path, THEME_LIMIT)), name)
+        except (OppiError, ValueError):
             raise OppiError("Failed to read theme") from None
-        except OppiError as error:
-            unknown = isinstance(error, NotFound) or "name of" in str(error)
-            raise NotFound(f'Theme "{visible(name)}" not found') if unknown else OppiError("Failed to read theme") from None
 
     def all(self) -> list[Json]:
         found: list[Json] = []
@@ -4425,8 +4429,7 @@ class Themes:
 
     def delete(self, name: str) -> None:
         """Raises NotFound."""
-        self.read(name)
-        os.unlink(os.path.join(self.folder, name + ".json"))
+        os.unlink(self.path(name))
 
 
 def log_entries(body: Json) -> list[Json]:
@@ -7306,7 +7309,7 @@ class Request:
         import urllib.parse
 
         _, found, text = self.raw_query.partition("path=")
-        require(found and text.strip(), "path parameter required")
+        require(found and urllib.parse.unquote(text).strip(), "path parameter required")
         try:
             return list(OrderedDict.fromkeys(urllib.parse.unquote(t, errors="strict") for t in (text, text.replace("+", " "))))
         except UnicodeDecodeError:
@@ -8055,6 +8058,7 @@ class Api:
             require(_is_text(body.get(name)), f"{name} required")
         record = existing(self.server.store.sessions.get(body["sessionId"]), "Session not found")
         root, folder = self.server.sessions.work_root(record), str(body.get("path") or body["name"])
+        require("\0" not in folder, "path holds a NUL")
 
         def work() -> Json:
             source, top = os.path.realpath(os.path.join(root, folder)), os.path.realpath(root)
@@ -8267,7 +8271,8 @@ class Api:
 
     async def overall_diff(self, request: Request, key: str, session_id: str) -> Reply:
         record = self.session(key, session_id)
-        path = next((p for p in request.named_paths() if p.strip() in obj(record.get("changeStats")).get("changedFiles", ())), "")
+        changed = arr(obj(record.get("changeStats")).get("changedFiles"))
+        path = next((p for p in request.named_paths() if p.strip() in changed), "")
         return Reply(200, await self.server.sessions.difference(record, (path or request.named_paths()[0]).strip()))
 
     async def client_logs(self, request: Request, key: str, session_id: str) -> Json:
