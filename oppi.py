@@ -6552,8 +6552,11 @@ class Client:
         self._write()
 
     def _write(self) -> None:
-        for data in filter(None, self.protocol.data_to_send()):
-            self.transport.write(data)
+        for data in self.protocol.data_to_send():
+            if data:
+                self.transport.write(data)
+            elif self.transport.can_write_eof():  # both sides have said goodbye: the server hangs up first
+                self.transport.write_eof()
         unsent = self.transport.get_write_buffer_size()
         if unsent > OUTBOX_LIMIT:
             self.transport.abort()

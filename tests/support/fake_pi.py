@@ -30,7 +30,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -528,6 +527,8 @@ class Answer:
             time.sleep(3600)
 
     def do_orphan(self, argument: str) -> None:
+        import subprocess  # not above: every start of a pi would pay for it
+
         subprocess.Popen(
             ["sleep", argument or "60"],
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import pytest
@@ -43,6 +44,16 @@ class TestRouting:
         phone = rig.stream()
         phone.send_text(text)
         assert phone.wait("error")["error"] == problem
+
+    @pytest.mark.parametrize("generation", ["1.0", "1.1"])
+    def test_a_goodbye_is_answered_and_hung_up_at_once(self, rig: Rig, generation: str) -> None:
+        """Both close frames are said: whoever waits for the end of the connection, an app or a stop, need not wait."""
+        took = []
+        for chat in [rig.chat(generation) for _ in range(3)]:
+            begin = time.monotonic()
+            chat.phone.close()
+            took.append(time.monotonic() - begin)
+        assert min(took) < 0.5, took
 
     def test_a_session_that_is_not_subscribed(self, rig: Rig) -> None:
         _, sid = rig.session()
