@@ -3566,12 +3566,10 @@ class TurnCache:
         self.turns[turn_id] = turn._replace(stage=stage)
         return True
 
-    def starting(self, prompt: bool, text: str = "") -> str:
-        """Id of the dispatched turn that now begins, or "": the newest prompt, or the oldest with this text."""
-        waiting = [(key, turn) for key, turn in self.turns.items() if turn.stage == "dispatched"]
-        if prompt:
-            return next((key for key, turn in reversed(waiting) if turn.command == "prompt"), "")
-        return next((key for key, turn in waiting if turn.text == text), "")
+    def starting(self, turn_id: str, text: str = "") -> str:
+        """Id of the dispatched turn that now begins, or "": this one, or the oldest with this text."""
+        waiting = {key: turn for key, turn in self.turns.items() if turn.stage == "dispatched"}
+        return turn_id if turn_id in waiting else next((key for key, turn in waiting.items() if turn.text == text), "")
 
     def held(self) -> dict[str, Turn]:
         return {key: turn for key, turn in self.turns.items() if turn.payload is not None}
@@ -4657,21 +4655,21 @@ LIFE: dict[str, dict[str, Step]] = {
         "trip": KILLED,
     },
     "busy": {
-        "settle": Step("ready", ("tell_failure", "turn_over", "tell_state")),
+        "settle": Step("ready", ("tell_failure", "turn_over", "play_queue", "tell_state")),
         "stop": Step("aborting", ("request_stop", "tell_state", "drop_dialogs", "abort", "wait_long")),
         "end": Step("quitting", ("request_stop", "tell_state", "drop_dialogs", "abort")),
         "exit": DIED,
         "trip": KILLED,
     },
     "aborting": {
-        "settle": Step("ready", ("turn_over", "confirm_stop", "tell_state")),
+        "settle": Step("ready", ("turn_over", "drop_queue", "confirm_stop", "tell_state")),
         "end": Step("quitting", ("drop_dialogs", "abort")),
         "late": Step("insisting", ("insist", "wait_little")),
         "exit": DIED_IN_STOP,
         "trip": KILLED,
     },
     "insisting": {
-        "settle": Step("ready", ("turn_over", "confirm_stop", "tell_state")),
+        "settle": Step("ready", ("turn_over", "drop_queue", "confirm_stop", "tell_state")),
         "end": Step("quitting", ("drop_dialogs", "abort")),
         "late": Step("busy", ("tell_state", "give_up")),
         "exit": DIED_IN_STOP,
@@ -4918,6 +4916,23 @@ class Turns:
             self.book.add(new_id(12), Turn(command, "", now_ms(), text, item, False, "dispatched"))
         self.save()
 
+    def again(self, texts: Sequence[str]) -> None:
+        """Put what pi had in its queue, and has forgotten unplayed, in front of the line."""
+        keys: list[str] = []
+        for text in texts:
+            held = (k for k, t in self.book.held().items() if (t.text, t.stage) == (text, "dispatched") and k not in keys)
+            keys.append(next(held, ""))
+            if not keys[-1]:  # an extension has queued it
+                keys[-1] = new_id(12)
+                self.book.add(keys[-1], Turn("prompt", "", now_ms(), text, {"message": text}, False, "dispatched"))
+        done = asyncio.get_running_loop().create_future()
+        stored = self.save()
+        told = asyncio.Event()
+        told.set()
+        items = [Waiting(key, {}, lambda message: None, lambda: True, stored, done, told) for key in keys]
+        self.line.extendleft(reversed(items))
+        self.news.set()
+
     async def first(self) -> Waiting:
         """The first turn of the line, which stays in it until it is handed over."""
         while not self.line:
@@ -5033,6 +5048,7 @@ class LiveSession:
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait, stop)
         self.free.set()
         self.taken = asyncio.Event()  # pi has begun or queued the last prompt; another one before that would be lost
+        self.handed = ""  # id of that prompt
         self.gated = asyncio.Event()  # the gate has said hello
         self.state = "starting"  # of LIFE
         self.clearing = False
@@ -5313,7 +5329,7 @@ class LiveSession:
     def _turn_begun(self) -> None:
         self.translator.failure = ""
         self.emit({"type": "agent_start"})
-        self.turns.begun(self.turns.book.starting(True))
+        self.turns.begun(self.turns.book.starting(self.handed))
 
     def _on_agent_end(self, event: Json) -> None:
         if "willRetry" not in event:  # P73; P87 says agent_settled
@@ -5345,7 +5361,6 @@ class LiveSession:
 
     def _turn_over(self) -> None:
         """Tell that the run has ended; whatever it still asked is void."""
-        self.free.set()
         self.sessions.approvals.cancel(self, "The turn has ended")
         self._drop_dialogs()
         self.asked.clear()
@@ -5369,7 +5384,7 @@ class LiveSession:
     def _on_message_start(self, event: Json) -> None:
         message = obj(event.get("message"))
         if message.get("role") == "user":
-            self.turns.begun(self.turns.book.starting(False, block_text(message.get("content"))))
+            self.turns.begun(self.turns.book.starting("", block_text(message.get("content"))))
 
     def _on_queue(self, event: Json) -> None:
         """Bring the mirror of pi's queue up to date; what vanished was handed to the model."""
@@ -5527,7 +5542,7 @@ class LiveSession:
             item = await self.turns.first()
             async with self.lane:
                 await self.free.wait()
-                self.turns.line.popleft()
+                self.turns.line.remove(item)  # no longer the first if `again` was called meanwhile
                 turn = self.turns.book.turns.get(item.turn_id)
                 if turn is None or turn.payload is None:  # it could not be stored
                     continue
@@ -5536,6 +5551,7 @@ class LiveSession:
                     continue
                 self.used = time.monotonic()
                 self.taken.clear()
+                self.handed = item.turn_id
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
                 self.pi.call(pi_turn(turn.command, turn.payload), functools.partial(self._answered, item, slash))
                 if not slash:
@@ -5557,6 +5573,7 @@ class LiveSession:
 
     def _command_over(self, turn_id: str) -> None:
         """An extension's command makes no message; had pi expanded it to one, a run would have begun by now."""
+        self.taken.set()
         if not self.running:
             self.turns.release([turn_id])
 
@@ -5589,16 +5606,57 @@ class LiveSession:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
             if any(items for _, items in drafts) and not self.running:
                 raise Conflict("Message queue can only contain items while a turn is streaming")
-            before, self.clearing = self._queued(), True
-            try:
-                await self.pi.request({"type": "clear_queue"})
-            finally:
-                self.clearing = False
+            before = await self._empty_queue()
             items = [(kind, item) for kind, items in drafts for item in items]
             self.turns.requeue(before, items)
             for kind, item in items:
                 await self.pi.request(pi_turn(kind, item))
         return self.queue
+
+    async def _empty_queue(self) -> list[str]:
+        """Make pi forget its queue; the texts.  P73 has no command for it, but does so when it opens its session anew.
+        Raises PiFailed."""
+        before, path, self.clearing = self._queued(), self._place()[0], True
+        try:
+            if self.modern:
+                await self.pi.request({"type": "clear_queue"})
+                return before
+            if not os.path.exists(path):  # it would begin another conversation
+                raise PiFailed("pi keeps its queue")
+            data = await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
+            if obj(data).get("cancelled"):  # by an extension
+                raise PiFailed("pi keeps its queue")
+            self._on_queue({})
+            await self.refresh()
+        finally:
+            self.clearing = False
+        return before
+
+    def _play_queue(self) -> None:
+        """A run that failed leaves its queue behind in P73, where it would wait for the next prompt of a person."""
+        self._take_queue(self.turns.again)
+
+    def _drop_queue(self) -> None:
+        """A person who stops means what waits, too; P87 was told before the abort."""
+        self._take_queue(lambda texts: self.turns.requeue(texts, []))
+
+    def _take_queue(self, use: Callable[[list[str]], None]) -> None:
+        """Let pi have the next turn, after what is left in its queue was taken away and used.  If it has just been
+        given one, that run plays the queue."""
+        if not self._queued() or not self.taken.is_set():
+            self.free.set()
+            return
+
+        async def take() -> None:
+            try:
+                with contextlib.suppress(OppiError):
+                    use(await self._empty_queue())
+            finally:
+                if self.state not in STOPPING:
+                    self.free.set()
+
+        self.free.clear()
+        asyncio.ensure_future(take())
 
     # stopping
 

@@ -324,6 +324,24 @@ class TestTurns:
         with pytest.raises(CommandFailed, match="clientTurnId conflict: turn-1"):
             chat.phone.prompt(chat.sid, "this", "turn-1", kind="steer")
 
+    @pytest.mark.parametrize("ending", ["fails", "is stopped"])
+    def test_what_waits_behind_a_turn_that_fails_is_played_and_behind_a_stopped_one_not(self, both: Rig, ending: str) -> None:
+        chat = both.chat()
+        chat.play("!say warm")
+        chat.say("!wait 200\n!error 400 no" if ending == "fails" else BUSY)
+        for kind, text in (("prompt", "one"), ("steer", "two"), ("follow_up", "three")):
+            chat.phone.prompt(chat.sid, text, f"{text} {chat.sid}", kind=kind)
+        if ending == "is stopped":
+            chat.phone.send("stop", sessionId=chat.sid)
+        chat.phone.prompt(chat.sid, "last", f"last {chat.sid}")
+        chat.phone.wait("message_end", role="assistant", content="ok: last")
+        chat.settled()
+        said = [f["content"] for f in chat.phone.frames if f["type"] == "message_end" and f["role"] == "user"]
+        wanted = ["two", "one", "three", "last"] if ending == "fails" else ["last"]
+        assert said[2:] == wanted
+        queue = chat.phone.command("get_queue", chat.sid)["data"]
+        assert (queue["steering"], queue["followUp"]) == ([], [])
+
     def test_a_failed_answer_is_an_error_and_the_session_goes_on(self, both: Rig) -> None:
         chat = both.chat()
         frames = chat.play("!error 529 Overloaded")
