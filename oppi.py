@@ -4918,19 +4918,13 @@ class Turns:
 
     def again(self, texts: Sequence[str]) -> None:
         """Put what pi had in its queue, and has forgotten unplayed, in front of the line."""
-        keys: list[str] = []
-        for text in texts:
-            held = (k for k, t in self.book.held().items() if (t.text, t.stage) == (text, "dispatched") and k not in keys)
-            keys.append(next(held, ""))
-            if not keys[-1]:  # an extension has queued it
-                keys[-1] = new_id(12)
-                self.book.add(keys[-1], Turn("prompt", "", now_ms(), text, {"message": text}, False, "dispatched"))
-        done = asyncio.get_running_loop().create_future()
-        stored = self.save()
-        told = asyncio.Event()
-        told.set()
-        items = [Waiting(key, {}, lambda message: None, lambda: True, stored, done, told) for key in keys]
-        self.line.extendleft(reversed(items))
+        held, loop = self.book.held(), asyncio.get_running_loop()
+        for text in reversed(texts):
+            key = next((k for k, turn in held.items() if (turn.text, turn.stage) == (text, "dispatched")), new_id(12))
+            if held.pop(key, None) is None:  # an extension has queued it
+                self.book.add(key, Turn("prompt", "", now_ms(), text, {"message": text}, False, "dispatched"))
+            item = Waiting(key, {}, lambda message: None, lambda: True, self.save(), loop.create_future(), asyncio.Event())
+            self.line.appendleft(item)
         self.news.set()
 
     async def first(self) -> Waiting:
@@ -4956,10 +4950,6 @@ class Turns:
         if turn and item.request and not item.told.is_set():
             item.reply(result(turn.command, item.request))
         item.told.set()
-
-    def begun(self, turn_id: str) -> None:
-        if turn_id:
-            self.ack(turn_id, "started")
 
     def answered(self, item: Waiting, refusal: str, gone: bool) -> None:
         """pi took a turn or refused it.  One that a phone was told is safe stays held when pi has died."""
@@ -5329,7 +5319,7 @@ class LiveSession:
     def _turn_begun(self) -> None:
         self.translator.failure = ""
         self.emit({"type": "agent_start"})
-        self.turns.begun(self.turns.book.starting(self.handed))
+        self.turns.ack(self.turns.book.starting(self.handed), "started")
 
     def _on_agent_end(self, event: Json) -> None:
         if "willRetry" not in event:  # P73; P87 says agent_settled
@@ -5384,7 +5374,7 @@ class LiveSession:
     def _on_message_start(self, event: Json) -> None:
         message = obj(event.get("message"))
         if message.get("role") == "user":
-            self.turns.begun(self.turns.book.starting("", block_text(message.get("content"))))
+            self.turns.ack(self.turns.book.starting("", block_text(message.get("content"))), "started")
 
     def _on_queue(self, event: Json) -> None:
         """Bring the mirror of pi's queue up to date; what vanished was handed to the model."""
@@ -5614,26 +5604,25 @@ class LiveSession:
         return self.queue
 
     async def _empty_queue(self) -> list[str]:
-        """Make pi forget its queue; the texts.  P73 has no command for it, but does so when it opens its session anew.
-        Raises PiFailed."""
+        """Make pi forget its queue; the texts.  P73 does so when it opens its session anew.  Raises PiFailed."""
         before, path, self.clearing = self._queued(), self._place()[0], True
         try:
             if self.modern:
                 await self.pi.request({"type": "clear_queue"})
                 return before
-            if not os.path.exists(path):  # it would begin another conversation
+            if os.path.exists(path):  # or it would begin another conversation
+                await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
+            state = await self.pi.request({"type": "get_state"})
+            if state.get("pendingMessageCount"):
                 raise PiFailed("pi keeps its queue")
-            data = await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
-            if obj(data).get("cancelled"):  # by an extension
-                raise PiFailed("pi keeps its queue")
+            self.adopt(state)
             self._on_queue({})
-            await self.refresh()
+            return before
         finally:
             self.clearing = False
-        return before
 
     def _play_queue(self) -> None:
-        """A run that failed leaves its queue behind in P73, where it would wait for the next prompt of a person."""
+        """What P73 has left in its queue after a run that failed would wait for the next prompt of a person."""
         self._take_queue(self.turns.again)
 
     def _drop_queue(self) -> None:
@@ -5641,11 +5630,7 @@ class LiveSession:
         self._take_queue(lambda texts: self.turns.requeue(texts, []))
 
     def _take_queue(self, use: Callable[[list[str]], None]) -> None:
-        """Let pi have the next turn, after what is left in its queue was taken away and used.  If it has just been
-        given one, that run plays the queue."""
-        if not self._queued() or not self.taken.is_set():
-            self.free.set()
-            return
+        """Let pi have the next turn, once its queue is taken away; but a run that is about to begin plays that."""
 
         async def take() -> None:
             try:
@@ -5655,8 +5640,11 @@ class LiveSession:
                 if self.state not in STOPPING:
                     self.free.set()
 
-        self.free.clear()
-        asyncio.ensure_future(take())
+        if self._queued() and self.taken.is_set():
+            self.free.clear()
+            asyncio.ensure_future(take())
+        else:
+            self.free.set()
 
     # stopping
 
@@ -7649,6 +7637,12 @@ SWITCH_S = 0.0005  # how soon the loop gets the interpreter back from a thread t
 LAST_USED_MS = 300_000  # how stale a device's last use may be on disk
 
 
+def complaint(error: BaseException) -> str:
+    """What a person reads of an error; of a missing package also what to do."""
+    advice = f". Install it with: {sys.executable} -m pip install websockets cryptography qrcode"
+    return str(error) + (advice if isinstance(error, ImportError) else "")
+
+
 def in_child(work: Callable[[], Any]) -> bool:
     """Do something once in a forked process, so that the packages it imports do not stay in memory; whether it worked."""
     if pid := os.fork():
@@ -7658,7 +7652,7 @@ def in_child(work: Callable[[], Any]) -> bool:
         work()
         code = 0
     except Exception as error:
-        print(error, file=sys.stderr, flush=True)
+        print(complaint(error), file=sys.stderr, flush=True)
     finally:
         os._exit(code)
 
@@ -7857,7 +7851,7 @@ class TerminalPhone:
             response = connection.getresponse()
             answer = obj(parse_json(response.read()))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UsageError(f"The server on {self.host}:{self.port} does not answer: {error}") from None
+            raise UsageError(f"The server on {at(self.host, self.port)} does not answer: {error}") from None
         finally:
             connection.close()
         if response.status >= 400:
@@ -7906,7 +7900,10 @@ class TerminalPhone:
         self.line_open = not text.endswith("\n")
 
     def send(self, kind: str, **fields: Any) -> None:
-        task = asyncio.ensure_future(self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
+        self.spawn(self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
+
+    def spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -7917,7 +7914,7 @@ class TerminalPhone:
         loop = asyncio.get_running_loop()
         headers = {"Authorization": f"Bearer {self.token}"}
         async with connect(
-            f"ws://{self.host}:{self.port}/stream", additional_headers=headers, max_size=None, proxy=None
+            f"ws://{at(self.host, self.port)}/stream", additional_headers=headers, max_size=None, proxy=None
         ) as self.socket:
             self.send("subscribe", level="full", requestId="subscribe")
             loop.add_signal_handler(signal.SIGINT, self.interrupted)
@@ -7944,7 +7941,7 @@ class TerminalPhone:
     def leave(self) -> None:
         self.leaving = True
         if not self.busy:
-            asyncio.ensure_future(self.socket.close())
+            self.spawn(self.socket.close())
 
     def one_key(self, on: bool) -> None:
         """Read single keys, or lines again."""
@@ -8070,7 +8067,7 @@ def terminal_phone(store: Store, host: str, port: int, **how: Any) -> Iterator[T
     """A phone that is paired for as long as it is used."""
     secret, name = new_token("pt"), f"Terminal {clock(now_ms())}"
     store.change_access(lambda access: access.invite("v3", secret, now_ms() + 10_000, name))
-    phone = TerminalPhone("127.0.0.1" if host in ("0.0.0.0", "::") else host, port, "", **how)
+    phone = TerminalPhone({"0.0.0.0": "127.0.0.1", "::": "::1", "": "localhost"}.get(host, host), port, "", **how)
     phone.token = str(phone.call("POST", "/pair", {"pairingToken": secret}).get("deviceToken"))
     try:
         yield phone
@@ -8267,7 +8264,9 @@ def host_names() -> Json:
 
 def lan_ip() -> str:
     """IPv4 address of the interface with the default route; nothing is sent to find it."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    import _socket  # what `socket` adds to it takes longer than the rest of `status`
+
+    with contextlib.suppress(OSError), contextlib.closing(_socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)) as probe:
         probe.connect(("192.0.2.1", 9))
         address = str(probe.getsockname()[0])
         return "" if address.startswith(("127.", "169.254.", "0.")) else address
@@ -8520,12 +8519,16 @@ def cmd_serve(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def greet(server: Server, host: str, port: int) -> None:
     """What a person sees when the server is up: where it is, what is missing, and how to pair."""
     wild, devices = host in ("0.0.0.0", "::"), len(server.access.devices) + len(server.access.moved)
-    print(f"oppi {__version__} is listening on {host}:{port}")
+    print(f"oppi {__version__} is listening on {at(host, port)}")
     for name in filter(None, host_names().values() if wild else [host]):
-        print(f"  http://{name}:{port}")
+        print(f"  http://{at(name, port)}")
     print(f"  Data         {server.store.root}\n  Fingerprint  {server.fingerprint}")
     for problem in pi_problems(server.pi):
         print(f"  Missing: {problem}")
@@ -8860,7 +8863,10 @@ def recorded() -> tuple[Json, dict[str, bytes]]:
         return {}, {}
     try:
         with zipfile.ZipFile(ARCHIVE) as pack:
-            files = {name: pack.read(name) for name in pack.namelist()}
+            names = pack.namelist()
+            if len(set(names)) < len(names):  # of which readers may take either
+                raise ValueError("two entries of one name")
+            files = {name: pack.read(name) for name in names}
         return obj(parse_json(files["manifest.json"])), files
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError) as error:
         raise UsageError(f"{ARCHIVE} is damaged; download or build it again ({error})") from None
@@ -9057,8 +9063,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except (UsageError, ImportError) as error:
-        advice = f". Install it with: {sys.executable} -m pip install websockets cryptography qrcode"
-        print(str(error) + (advice if isinstance(error, ImportError) else ""), file=sys.stderr)
+        print(complaint(error), file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)
     except BrokenPipeError:
