@@ -173,10 +173,10 @@ def now_ms() -> int:
 
 
 def new_id(length: int = 8) -> str:
-    """A random id of `length` base64url characters."""
+    """A random id of `length` base64url characters; typed after a command it must not look like an option."""
     import secrets
 
-    return secrets.token_urlsafe(length)[:length]
+    return secrets.token_urlsafe(length + 8).lstrip("-")[:length]
 
 
 def new_token(prefix: str) -> str:
@@ -5616,9 +5616,16 @@ class LiveSession:
             if state.get("pendingMessageCount"):
                 raise PiFailed("pi keeps its queue")
             self.adopt(state)
-            self._on_queue({})
+            self.queue_gone()
             return before
         finally:
+            self.clearing = False
+
+    def queue_gone(self) -> None:
+        """pi has forgotten its queue, together with the session that it left."""
+        if self._queued():
+            self.clearing = True
+            self._on_queue({})
             self.clearing = False
 
     def _play_queue(self) -> None:
@@ -5630,7 +5637,7 @@ class LiveSession:
         self._take_queue(lambda texts: self.turns.requeue(texts, []))
 
     def _take_queue(self, use: Callable[[list[str]], None]) -> None:
-        """Let pi have the next turn, once its queue is taken away; but a run that is about to begin plays that."""
+        """Let P73 have the next turn, once its queue is taken away; but a run that is about to begin plays that."""
 
         async def take() -> None:
             try:
@@ -5640,7 +5647,7 @@ class LiveSession:
                 if self.state not in STOPPING:
                     self.free.set()
 
-        if self._queued() and self.taken.is_set():
+        if self._queued() and self.taken.is_set() and not self.modern:  # P87 goes on by itself
             self.free.clear()
             asyncio.ensure_future(take())
         else:
@@ -7584,6 +7591,7 @@ class Api:
         return {"level": level}, [STATE]
 
     async def _after_switch(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        live.queue_gone()  # or it would be played in the other conversation
         if live.running:
             live.idle()
         await live.refresh()

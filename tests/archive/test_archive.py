@@ -376,7 +376,7 @@ def test_a_command_that_loads_nothing_native_costs_little(archive: Path, home: P
         "config": [python, str(archive), "config", "get", "port"],
     }
     used: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(16):
+    for _ in range(10):
         for name, command in commands.items():
             used[name].append(child_cpu(command, environment, tmp_path))
     least = {name: min(seconds[1:]) for name, seconds in used.items()}  # the first one unpacks

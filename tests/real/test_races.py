@@ -120,6 +120,17 @@ def test_what_waits_while_pi_tries_in_vain_runs_then(chat: Chat) -> None:
     assert any("529" in frame["error"] for frame in chat.phone.since() if frame["type"] == "error")
 
 
+def test_what_waits_is_not_played_in_another_conversation(chat: Chat) -> None:
+    queue_behind(chat, "!slow 30\n!text 2000", QUEUED)
+    chat.command("new_session")
+    eventually(lambda: chat.session()["status"] == "ready", "rest")
+    queue = chat.command("get_queue")["data"]
+    assert (queue["steering"], queue["followUp"]) == ([], [])
+    assert chat.turn("!say anew") == "anew"
+    assert [event["text"] for event in chat.trace() if event["type"] == "user"][-1:] == ["!say anew"]
+    assert "!say one" not in str(chat.place.sees())
+
+
 def test_what_waits_does_not_come_back_after_a_stop(chat: Chat) -> None:
     queue_behind(chat, "!slow 30\n!text 2000", QUEUED)
     chat.phone.send("stop", sessionId=chat.sid)

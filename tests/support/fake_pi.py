@@ -623,15 +623,16 @@ class Agent:
         self.take("steering", log)
         while True:
             self.rounds(log)
-            if not NEW or self.abort.is_set() or not (self.steering or self.follow_ups):
-                break
+            with self.lock:
+                if not NEW or self.abort.is_set() or not (self.steering or self.follow_ups):
+                    self.finish(log)
+                    return
             self.out.event("agent_end", messages=log, willRetry=False)  # 0.87 goes on after an answer that failed
             log = []
             self.out.event("agent_start")
             self.out.event("turn_start")
             if not self.take("steering", log):
                 self.take("followUp", log)
-        self.finish(log)
 
     def rounds(self, log: list[dict[str, Any]]) -> None:
         """Answers, until nothing is left to do or one has failed."""
