@@ -186,10 +186,10 @@ def now_ms() -> int:
 
 
 def new_id(length: int = 8) -> str:
-    """A random id of `length` base64url characters."""
+    """A random id of `length` base64url characters; typed after a command it must not look like an option."""
     import secrets
 
-    return secrets.token_urlsafe(length)[:length]
+    return secrets.token_urlsafe(length + 8).lstrip("-")[:length]
 
 
 def new_token(prefix: str) -> str:
@@ -3736,12 +3736,10 @@ class TurnCache:
         self.turns[turn_id] = turn._replace(stage=stage)
         return True
 
-    def starting(self, prompt: bool, text: str = "") -> str:
-        """Id of the dispatched turn that now begins, or "": the newest prompt, or the oldest with this text."""
-        waiting = [(key, turn) for key, turn in self.turns.items() if turn.stage == "dispatched"]
-        if prompt:
-            return next((key for key, turn in reversed(waiting) if turn.command == "prompt"), "")
-        return next((key for key, turn in waiting if turn.text == text), "")
+    def starting(self, turn_id: str, text: str = "") -> str:
+        """Id of the dispatched turn that now begins, or "": this one, or the oldest with this text."""
+        waiting = {key: turn for key, turn in self.turns.items() if turn.stage == "dispatched"}
+        return turn_id if turn_id in waiting else next((key for key, turn in waiting.items() if turn.text == text), "")
 
     def held(self) -> dict[str, Turn]:
         return {key: turn for key, turn in self.turns.items() if turn.payload is not None}
@@ -5303,21 +5301,21 @@ LIFE: dict[str, dict[str, Step]] = {
         "trip": KILLED,
     },
     "busy": {
-        "settle": Step("ready", ("tell_failure", "turn_over", "tell_state")),
+        "settle": Step("ready", ("tell_failure", "turn_over", "play_queue", "tell_state")),
         "stop": Step("aborting", ("request_stop", "tell_state", "drop_dialogs", "abort", "wait_long")),
         "end": Step("quitting", ("request_stop", "tell_state", "drop_dialogs", "abort")),
         "exit": DIED,
         "trip": KILLED,
     },
     "aborting": {
-        "settle": Step("ready", ("turn_over", "confirm_stop", "tell_state")),
+        "settle": Step("ready", ("turn_over", "drop_queue", "confirm_stop", "tell_state")),
         "end": Step("quitting", ("drop_dialogs", "abort")),
         "late": Step("insisting", ("insist", "wait_little")),
         "exit": DIED_IN_STOP,
         "trip": KILLED,
     },
     "insisting": {
-        "settle": Step("ready", ("turn_over", "confirm_stop", "tell_state")),
+        "settle": Step("ready", ("turn_over", "drop_queue", "confirm_stop", "tell_state")),
         "end": Step("quitting", ("drop_dialogs", "abort")),
         "late": Step("busy", ("tell_state", "give_up")),
         "exit": DIED_IN_STOP,
@@ -5572,6 +5570,17 @@ class Turns:
             self.book.add(new_id(12), Turn(command, "", now_ms(), text, item, False, "dispatched"))
         self.save()
 
+    def again(self, texts: Sequence[str]) -> None:
+        """Put what pi had in its queue, and has forgotten unplayed, in front of the line."""
+        held, loop = self.book.held(), asyncio.get_running_loop()
+        for text in reversed(texts):
+            key = next((k for k, turn in held.items() if (turn.text, turn.stage) == (text, "dispatched")), new_id(12))
+            if held.pop(key, None) is None:  # an extension has queued it
+                self.book.add(key, Turn("prompt", "", now_ms(), text, {"message": text}, False, "dispatched"))
+            item = Waiting(key, {}, lambda message: None, lambda: True, self.save(), loop.create_future(), asyncio.Event())
+            self.line.appendleft(item)
+        self.news.set()
+
     async def first(self) -> Waiting:
         """The first turn of the line, which stays in it until it is handed over."""
         while not self.line:
@@ -5595,10 +5604,6 @@ class Turns:
         if turn and item.request and not item.told.is_set():
             item.reply(result(turn.command, item.request))
         item.told.set()
-
-    def begun(self, turn_id: str) -> None:
-        if turn_id:
-            self.ack(turn_id, "started")
 
     def answered(self, item: Waiting, refusal: str, gone: bool) -> None:
         """pi took a turn or refused it.  One that a phone was told is safe stays held when pi has died."""
@@ -5687,6 +5692,7 @@ class LiveSession:
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait, stop)
         self.free.set()
         self.taken = asyncio.Event()  # pi has begun or queued the last prompt; another one before that would be lost
+        self.handed = ""  # id of that prompt
         self.gated = asyncio.Event()  # the gate has said hello
         self.state = "starting"  # of LIFE
         self.clearing = False
@@ -5967,7 +5973,7 @@ class LiveSession:
     def _turn_begun(self) -> None:
         self.translator.failure = ""
         self.emit({"type": "agent_start"})
-        self.turns.begun(self.turns.book.starting(True))
+        self.turns.ack(self.turns.book.starting(self.handed), "started")
 
     def _on_agent_end(self, event: Json) -> None:
         if "willRetry" not in event:  # P73; P87 says agent_settled
@@ -5999,7 +6005,6 @@ class LiveSession:
 
     def _turn_over(self) -> None:
         """Tell that the run has ended; whatever it still asked is void."""
-        self.free.set()
         self.sessions.approvals.cancel(self, "The turn has ended")
         self._drop_dialogs()
         self.asked.clear()
@@ -6023,7 +6028,7 @@ class LiveSession:
     def _on_message_start(self, event: Json) -> None:
         message = obj(event.get("message"))
         if message.get("role") == "user":
-            self.turns.begun(self.turns.book.starting(False, block_text(message.get("content"))))
+            self.turns.ack(self.turns.book.starting("", block_text(message.get("content"))), "started")
 
     def _on_queue(self, event: Json) -> None:
         """Bring the mirror of pi's queue up to date; what vanished was handed to the model."""
@@ -6181,7 +6186,7 @@ class LiveSession:
             item = await self.turns.first()
             async with self.lane:
                 await self.free.wait()
-                self.turns.line.popleft()
+                self.turns.line.remove(item)  # no longer the first if `again` was called meanwhile
                 turn = self.turns.book.turns.get(item.turn_id)
                 if turn is None or turn.payload is None:  # it could not be stored
                     continue
@@ -6190,6 +6195,7 @@ class LiveSession:
                     continue
                 self.used = time.monotonic()
                 self.taken.clear()
+                self.handed = item.turn_id
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
                 self.pi.call(pi_turn(turn.command, turn.payload), functools.partial(self._answered, item, slash))
                 if not slash:
@@ -6211,6 +6217,7 @@ class LiveSession:
 
     def _command_over(self, turn_id: str) -> None:
         """An extension's command makes no message; had pi expanded it to one, a run would have begun by now."""
+        self.taken.set()
         if not self.running:
             self.turns.release([turn_id])
 
@@ -6243,16 +6250,62 @@ class LiveSession:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
             if any(items for _, items in drafts) and not self.running:
                 raise Conflict("Message queue can only contain items while a turn is streaming")
-            before, self.clearing = self._queued(), True
-            try:
-                await self.pi.request({"type": "clear_queue"})
-            finally:
-                self.clearing = False
+            before = await self._empty_queue()
             items = [(kind, item) for kind, items in drafts for item in items]
             self.turns.requeue(before, items)
             for kind, item in items:
                 await self.pi.request(pi_turn(kind, item))
         return self.queue
+
+    async def _empty_queue(self) -> list[str]:
+        """Make pi forget its queue; the texts.  P73 does so when it opens its session anew.  Raises PiFailed."""
+        before, path, self.clearing = self._queued(), self._place()[0], True
+        try:
+            if self.modern:
+                await self.pi.request({"type": "clear_queue"})
+                return before
+            if os.path.exists(path):  # or it would begin another conversation
+                await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
+            state = await self.pi.request({"type": "get_state"})
+            if state.get("pendingMessageCount"):
+                raise PiFailed("pi keeps its queue")
+            self.adopt(state)
+            self.queue_gone()
+            return before
+        finally:
+            self.clearing = False
+
+    def queue_gone(self) -> None:
+        """pi has forgotten its queue, together with the session that it left."""
+        if self._queued():
+            self.clearing = True
+            self._on_queue({})
+            self.clearing = False
+
+    def _play_queue(self) -> None:
+        """What P73 has left in its queue after a run that failed would wait for the next prompt of a person."""
+        self._take_queue(self.turns.again)
+
+    def _drop_queue(self) -> None:
+        """A person who stops means what waits, too; P87 was told before the abort."""
+        self._take_queue(lambda texts: self.turns.requeue(texts, []))
+
+    def _take_queue(self, use: Callable[[list[str]], None]) -> None:
+        """Let P73 have the next turn, once its queue is taken away; but a run that is about to begin plays that."""
+
+        async def take() -> None:
+            try:
+                with contextlib.suppress(OppiError):
+                    use(await self._empty_queue())
+            finally:
+                if self.state not in STOPPING:
+                    self.free.set()
+
+        if self._queued() and self.taken.is_set() and not self.modern:  # P87 goes on by itself
+            self.free.clear()
+            asyncio.ensure_future(take())
+        else:
+            self.free.set()
 
     # stopping
 
@@ -7572,8 +7625,11 @@ class Client:
         self._write()
 
     def _write(self) -> None:
-        for data in filter(None, self.protocol.data_to_send()):
-            self.transport.write(data)
+        for data in self.protocol.data_to_send():
+            if data:
+                self.transport.write(data)
+            elif self.transport.can_write_eof():  # both sides have said goodbye: the server hangs up first
+                self.transport.write_eof()
         unsent = self.transport.get_write_buffer_size()
         if unsent > OUTBOX_LIMIT:
             self.transport.abort()
@@ -8694,6 +8750,7 @@ class Api:
         return {"level": level}, [STATE]
 
     async def _after_switch(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
+        live.queue_gone()  # or it would be played in the other conversation
         if live.running:
             live.idle()
         await live.refresh()
@@ -8747,6 +8804,12 @@ SWITCH_S = 0.0005  # how soon the loop gets the interpreter back from a thread t
 LAST_USED_MS = 300_000  # how stale a device's last use may be on disk
 
 
+def complaint(error: BaseException) -> str:
+    """What a person reads of an error; of a missing package also what to do."""
+    advice = f". Install it with: {sys.executable} -m pip install websockets cryptography qrcode"
+    return str(error) + (advice if isinstance(error, ImportError) else "")
+
+
 def in_child(work: Callable[[], Any]) -> bool:
     """Do something once in a forked process, so that the packages it imports do not stay in memory; whether it worked."""
     if pid := os.fork():
@@ -8756,7 +8819,7 @@ def in_child(work: Callable[[], Any]) -> bool:
         work()
         code = 0
     except Exception as error:
-        print(error, file=sys.stderr, flush=True)
+        print(complaint(error), file=sys.stderr, flush=True)
     finally:
         os._exit(code)
 
@@ -8963,7 +9026,7 @@ class TerminalPhone:
             response = connection.getresponse()
             answer = obj(parse_json(response.read()))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UsageError(f"The server on {self.host}:{self.port} does not answer: {error}") from None
+            raise UsageError(f"The server on {at(self.host, self.port)} does not answer: {error}") from None
         finally:
             connection.close()
         if response.status >= 400:
@@ -9012,7 +9075,10 @@ class TerminalPhone:
         self.line_open = not text.endswith("\n")
 
     def send(self, kind: str, **fields: Any) -> None:
-        task = asyncio.ensure_future(self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
+        self.spawn(self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
+
+    def spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -9023,7 +9089,7 @@ class TerminalPhone:
         loop = asyncio.get_running_loop()
         headers = {"Authorization": f"Bearer {self.token}"}
         async with connect(
-            f"ws://{self.host}:{self.port}/stream", additional_headers=headers, max_size=None, proxy=None
+            f"ws://{at(self.host, self.port)}/stream", additional_headers=headers, max_size=None, proxy=None
         ) as self.socket:
             self.send("subscribe", level="full", requestId="subscribe")
             loop.add_signal_handler(signal.SIGINT, self.interrupted)
@@ -9050,7 +9116,7 @@ class TerminalPhone:
     def leave(self) -> None:
         self.leaving = True
         if not self.busy:
-            asyncio.ensure_future(self.socket.close())
+            self.spawn(self.socket.close())
 
     def one_key(self, on: bool) -> None:
         """Read single keys, or lines again."""
@@ -9176,7 +9242,7 @@ def terminal_phone(store: Store, host: str, port: int, **how: Any) -> Iterator[T
     """A phone that is paired for as long as it is used."""
     secret, name = new_token("pt"), f"Terminal {clock(now_ms())}"
     store.change_access(lambda access: access.invite("v3", secret, now_ms() + 10_000, name))
-    phone = TerminalPhone("127.0.0.1" if host in ("0.0.0.0", "::") else host, port, "", **how)
+    phone = TerminalPhone({"0.0.0.0": "127.0.0.1", "::": "::1", "": "localhost"}.get(host, host), port, "", **how)
     phone.token = str(phone.call("POST", "/pair", {"pairingToken": secret}).get("deviceToken"))
     try:
         yield phone
@@ -9373,7 +9439,9 @@ def host_names() -> Json:
 
 def lan_ip() -> str:
     """IPv4 address of the interface with the default route; nothing is sent to find it."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    import _socket  # what `socket` adds to it takes longer than the rest of `status`
+
+    with contextlib.suppress(OSError), contextlib.closing(_socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)) as probe:
         probe.connect(("192.0.2.1", 9))
         address = str(probe.getsockname()[0])
         return "" if address.startswith(("127.", "169.254.", "0.")) else address
@@ -9634,12 +9702,16 @@ def cmd_serve(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def greet(server: Server, host: str, port: int) -> None:
     """What a person sees when the server is up: where it is, what is missing, and how to pair."""
     wild, devices = host in ("0.0.0.0", "::"), len(server.access.devices) + len(server.access.moved)
-    print(f"oppi {__version__} is listening on {host}:{port}")
+    print(f"oppi {__version__} is listening on {at(host, port)}")
     for name in filter(None, host_names().values() if wild else [host]):
-        print(f"  http://{name}:{port}")
+        print(f"  http://{at(name, port)}")
     print(f"  Data         {server.store.root}\n  Fingerprint  {server.fingerprint}")
     for problem in pi_problems(server.pi):
         print(f"  Missing: {problem}")
@@ -10015,7 +10087,10 @@ def recorded() -> tuple[Json, dict[str, bytes]]:
         return {}, {}
     try:
         with zipfile.ZipFile(ARCHIVE) as pack:
-            files = {name: pack.read(name) for name in pack.namelist()}
+            names = pack.namelist()
+            if len(set(names)) < len(names):  # of which readers may take either
+                raise ValueError("two entries of one name")
+            files = {name: pack.read(name) for name in names}
         return obj(parse_json(files["manifest.json"])), files
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError) as error:
         raise UsageError(f"{ARCHIVE} is damaged; download or build it again ({error})") from None
@@ -10216,8 +10291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except (UsageError, ImportError) as error:
-        advice = f". Install it with: {sys.executable} -m pip install websockets cryptography qrcode"
-        print(str(error) + (advice if isinstance(error, ImportError) else ""), file=sys.stderr)
+        print(complaint(error), file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)
     except BrokenPipeError:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import zipfile
@@ -367,21 +366,22 @@ def test_only_a_first_start_on_a_terminal_says_what_it_does(small: Path, home: P
     assert shown == [b"oppi: unpacking for the first start...\r\nend\r\n", b"end\r\n"]
 
 
-def test_a_command_that_loads_nothing_native_costs_little(archive: Path, home: Path, tmp_path: Path) -> None:
-    """Measured by turns, so that all of them see the same machine."""
+@pytest.mark.parametrize("python", SUPPORTED)
+def test_a_command_that_loads_nothing_native_costs_little(archive: Path, home: Path, tmp_path: Path, python: str) -> None:
+    """Measured by turns, so that all of them see the same machine; what else it does can only make one dearer."""
     environment = {"HOME": str(home), "PATH": os.defpath, "OPPI_DATA_DIR": str(tmp_path / "data")}
     commands = {
-        "python": [sys.executable, "-c", "import argparse, json, zipfile"],
-        "status": [sys.executable, str(archive), "status"],
-        "config": [sys.executable, str(archive), "config", "get", "port"],
+        "python": [python, "-c", "import argparse, json, zipfile"],
+        "status": [python, str(archive), "status"],
+        "config": [python, str(archive), "config", "get", "port"],
     }
     used: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(12):
+    for _ in range(10):
         for name, command in commands.items():
             used[name].append(child_cpu(command, environment, tmp_path))
-    usual = {name: statistics.median(seconds[1:]) for name, seconds in used.items()}  # the first one unpacks
-    assert usual["status"] <= 1.5 * usual["python"], usual
-    assert usual["config"] <= 1.5 * usual["python"], usual
+    least = {name: min(seconds[1:]) for name, seconds in used.items()}  # the first one unpacks
+    assert least["status"] <= 1.5 * least["python"], least
+    assert least["config"] <= 1.5 * least["python"], least
 
 
 # -- removing what was unpacked before ---------------------------------------------------------------------------------

@@ -80,6 +80,65 @@ def test_what_is_queued_just_as_the_run_ends_is_answered_or_refused(chat: Chat, 
         chat.ready()
 
 
+QUEUED = [("prompt", "one"), ("follow_up", "two"), ("steer", "three"), ("prompt", "four")]
+
+
+def queue_behind(chat: Chat, text: str, queued: list[tuple[str, str]]) -> None:
+    """Begin a turn and let others wait behind it in pi."""
+    chat.turn("!say warm")
+    chat.ask(text)
+    chat.wait("agent_start")
+    for kind, word in queued:
+        chat.phone.send(kind, sessionId=chat.sid, message=f"!say {word}", requestId=word, clientTurnId=word)
+    for _, word in queued:
+        assert chat.wait("command_result", requestId=word)["success"]
+
+
+def played(chat: Chat, *words: str) -> None:
+    """These turns, and no others, come after the first two."""
+    answered(chat, *words)
+    eventually(lambda: chat.session()["status"] == "ready", "rest")
+    assert [event["text"] for event in chat.trace() if event["type"] == "user"][2:] == [f"!say {word}" for word in words]
+    queue = chat.command("get_queue")["data"]
+    assert (queue["steering"], queue["followUp"]) == ([], [])
+
+
+def test_what_waits_behind_an_answer_that_fails_runs_then_in_its_order(chat: Chat) -> None:
+    """pi 0.73 by itself would keep it until somebody sends another prompt."""
+    queue_behind(chat, "!wait 400\n!error 400 no", QUEUED)
+    played(chat, "three", "one", "two", "four")
+    frames = chat.phone.since()
+    [error] = [frame["error"] for frame in frames if frame["type"] == "error"]
+    assert "400" in error and "no" in error
+    started = [f["clientTurnId"] for f in frames if f["type"] == "turn_ack" and f["stage"] == "started"]
+    assert started[-4:] == ["three", "one", "two", "four"]
+
+
+def test_what_waits_while_pi_tries_in_vain_runs_then(chat: Chat) -> None:
+    queue_behind(chat, "!wait 100\n!error 529 Overloaded", [("follow_up", "one"), ("prompt", "two")])
+    played(chat, "one", "two")
+    assert any("529" in frame["error"] for frame in chat.phone.since() if frame["type"] == "error")
+
+
+def test_what_waits_is_not_played_in_another_conversation(chat: Chat) -> None:
+    queue_behind(chat, "!slow 30\n!text 2000", QUEUED)
+    chat.command("new_session")
+    eventually(lambda: chat.session()["status"] == "ready", "rest")
+    queue = chat.command("get_queue")["data"]
+    assert (queue["steering"], queue["followUp"]) == ([], [])
+    assert chat.turn("!say anew") == "anew"
+    assert [event["text"] for event in chat.trace() if event["type"] == "user"][-1:] == ["!say anew"]
+    assert "!say one" not in str(chat.place.sees())
+
+
+def test_what_waits_does_not_come_back_after_a_stop(chat: Chat) -> None:
+    queue_behind(chat, "!slow 30\n!text 2000", QUEUED)
+    chat.phone.send("stop", sessionId=chat.sid)
+    chat.phone.send("prompt", sessionId=chat.sid, message="!say after", requestId="a", clientTurnId="a")
+    chat.wait("stop_confirmed")
+    played(chat, "after")
+
+
 def test_a_prompt_right_after_a_stop_runs(chat: Chat) -> None:
     for number in range(2):
         chat.ask("!slow 30\n!text 2000")

@@ -30,7 +30,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -528,6 +527,8 @@ class Answer:
             time.sleep(3600)
 
     def do_orphan(self, argument: str) -> None:
+        import subprocess  # not above: every start of a pi would pay for it
+
         subprocess.Popen(
             ["sleep", argument or "60"],
             stdin=subprocess.DEVNULL,
@@ -621,6 +622,21 @@ class Agent:
         self.deliver(first, log)
         self.take("steering", log)
         while True:
+            self.rounds(log)
+            with self.lock:
+                if not NEW or self.abort.is_set() or not (self.steering or self.follow_ups):
+                    self.finish(log)
+                    return
+            self.out.event("agent_end", messages=log, willRetry=False)  # 0.87 goes on after an answer that failed
+            log = []
+            self.out.event("agent_start")
+            self.out.event("turn_start")
+            if not self.take("steering", log):
+                self.take("followUp", log)
+
+    def rounds(self, log: list[dict[str, Any]]) -> None:
+        """Answers, until nothing is left to do or one has failed."""
+        while True:
             again = self.turn(log)
             if self.abort.is_set() or again is None:
                 break
@@ -629,7 +645,6 @@ class Agent:
             self.out.event("turn_start")
             if not self.take("steering", log) and not again:
                 self.take("followUp", log)
-        self.finish(log)
 
     def greet(self, log: list[dict[str, Any]]) -> None:
         """pi 0.87 shows the system message once per session."""
@@ -1034,8 +1049,10 @@ class Agent:
         self.out.muted = False
 
     def switch(self, request: dict[str, Any], session: Session, **data: Any) -> None:
-        """Make another session current."""
+        """Make another session current, or the same anew.  The queue belonged to the old one."""
         self.session = session
+        self.steering.clear()
+        self.follow_ups.clear()
         if len(session.lines) == 1:
             self.begin_entries()
         self.hello(2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import py_compile
 import shlex
 import shutil
 import signal
@@ -82,7 +83,9 @@ class Server:
     def _fake(self, dialect: str, settings: Mapping[str, str]) -> Path:
         lines = [f"export FAKE_PI_DIALECT={dialect}"]
         lines += [f"export FAKE_PI_{name}={shlex.quote(str(value))}" for name, value in settings.items()]
-        return self._wrapper([*lines, f'exec {shlex.quote(sys.executable)} {shlex.quote(str(FAKE_PI))} "$@"'])
+        compiled = self.folder / "fake_pi.pyc"  # or each of its starts would compile it
+        py_compile.compile(str(FAKE_PI), str(compiled), doraise=True)
+        return self._wrapper([*lines, f'exec {shlex.quote(sys.executable)} {shlex.quote(str(compiled))} "$@"'])
 
     def _wrapper(self, lines: Sequence[str]) -> Path:
         """A `pi`, because the server gives pi a cleaned environment: settings and mark must come from here."""

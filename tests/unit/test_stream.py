@@ -154,11 +154,10 @@ def test_a_stage_only_moves_forward() -> None:
 
 def test_which_turn_begins() -> None:
     turns = cache(("p1", "prompt", "a"), ("p2", "prompt", "b"), ("s1", "steer", "x"), ("s2", "follow_up", "x"))
-    assert [turns.starting(True), turns.starting(False, "x"), turns.starting(False, "y")] == ["p2", "s1", ""]
-    turns.advance("s1", "started")
-    assert turns.starting(False, "x") == "s2"
-    assert cache(("s1", "steer", "x")).starting(True) == ""
-    assert oppi.TurnCache().starting(True) == ""
+    assert [turns.starting(key, text) for key, text in (("p1", "x"), ("", "x"), ("", "y"))] == ["p1", "s1", ""]
+    for key in ("p1", "s1"):
+        turns.advance(key, "started")
+    assert [turns.starting("p1"), turns.starting("p1", "x"), turns.starting("gone", "b")] == ["", "s2", "p2"]
 
 
 def test_turns_outlive_the_server() -> None:

@@ -38,7 +38,7 @@ def test_the_clock_counts_integer_milliseconds() -> None:
 def test_ids_and_tokens_have_the_form_of_the_wire() -> None:
     assert len({oppi.new_id() for _ in range(200)}) == 200
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{12}", oppi.new_id(12)) for _ in range(50))
-    assert all(re.fullmatch(r"[A-Za-z0-9_-]{8}", oppi.new_id()) for _ in range(50))
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{7}", oppi.new_id()) for _ in range(1000))
     assert all(re.fullmatch(r"dt_[A-Za-z0-9_-]{24}", oppi.new_token("dt")) for _ in range(50))
     assert all(re.fullmatch(oppi.ID_PATTERN, oppi.new_id()) for _ in range(50))
 

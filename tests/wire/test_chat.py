@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,16 @@ from .test_screen import show
 def oppi() -> Iterator[Shell]:
     with Server(start=False) as server:
         yield Shell(server)
+
+
+def can_listen(host: str) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return True
+    return False
+
+
+HOSTS = [host for host in ("127.0.0.2", "0.0.0.0", "::1", "::") if can_listen(host)]  # a machine may lack IPv6
 
 
 def left_alone(shell: Shell, temporary: Path) -> None:
@@ -132,6 +144,13 @@ class TestChat:
         text = shell("chat", chat.sid, input=f"{bash(PUSH)}\n")
         assert "? bash" in text and "Denied" in text
         assert rig.verdicts_of_pi()[-1] == "deny"
+
+    @pytest.mark.parametrize("host", HOSTS)
+    def test_it_finds_the_server_where_it_listens(self, oppi: Shell, host: str) -> None:
+        oppi.server.start("--host", host)
+        text = oppi("chat", input=f"!say here on {host}\n")
+        assert f"here on {host}" in text.partition("Type a message")[2]
+        assert devices(oppi) == []
 
     def test_a_session_that_was_stopped_goes_on_with_what_was_said(self, rig: Rig) -> None:
         shell, chat = Shell(rig.server), rig.chat()

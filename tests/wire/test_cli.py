@@ -38,6 +38,14 @@ FACTS = (  # commands that print facts, and work on an empty data directory
 )  # fmt: skip
 
 
+COMPLETED = {
+    "oppi st": "start status",
+    "oppi pair --p": "--png --port",
+    "oppi config va": "validate",
+    "oppi start --h": "--help --host",
+}
+
+
 class Shell:
     """A person's shell: one home, one data directory (named by OPPI_DATA_DIR), and `oppi`."""
 
@@ -661,15 +669,7 @@ class TestWhatRuns:
         assert (facts["pi"], facts["build"], facts["archive"], facts["wheels"]) == ("0.87.1", None, None, {})
         assert facts["oppi"] == oppi.facts("verify")["hashes"]["oppi.py"]
 
-    @pytest.mark.parametrize(
-        ("typed", "found"),
-        [
-            ("oppi st", "start status"),
-            ("oppi pair --p", "--png --port"),
-            ("oppi config va", "validate"),
-            ("oppi start --h", "--help --host"),
-        ],
-    )
+    @pytest.mark.parametrize(("typed", "found"), COMPLETED.items())
     def test_a_shell_completes_commands_and_options(self, oppi: Shell, typed: str, found: str) -> None:
         words = typed.split()
         script = f"{oppi('completion')}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _oppi; echo ${{COMPREPLY[@]}}"

@@ -202,6 +202,26 @@ def test_a_prompt_of_app_10_is_safe_while_pi_starts(tmp_path: Path, repeat: bool
         eventually(lambda: held(rig, sid) == [])
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_of_several_turns_that_wait_the_one_that_began_is_called_started(tmp_path: Path, dialect: str) -> None:
+    """While pi starts all are called dispatched, though it has none of them yet."""
+    with rig_with(tmp_path, dialect, {"START_DELAY": "1"}) as rig:
+        wid, sid = rig.session()
+        phone = rig.phone("1.0")
+        phone.open_session(wid, sid)
+        words = ("one", "two", "three")
+        for word in words:
+            phone.send("prompt", message=f"!wait 100\n!say {word}", clientTurnId=word, requestId=word)
+        for word in words:
+            phone.wait("turn_ack", clientTurnId=word, stage="dispatched", since=0)
+        assert rig.prompts_of_pi() == []
+        for word in words:
+            answer = phone.wait("message_end", role="assistant", content=word, since=0)
+            told = phone.frames[: phone.frames.index(answer)]
+            started = [frame["clientTurnId"] for frame in told if frame["type"] == "turn_ack" and frame["stage"] == "started"]
+            assert started == list(words[: words.index(word) + 1])
+
+
 def test_a_pi_that_does_not_react_is_told_of(tmp_path: Path) -> None:
     """With a patience of less than the 30 s that a person gets to see."""
     impatient = "import sys; sys.path.insert(0, sys.argv.pop(1)); import oppi; oppi.DEAF_S = 0.2; oppi.run()"

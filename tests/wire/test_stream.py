@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import pytest
@@ -43,6 +44,16 @@ class TestRouting:
         phone = rig.stream()
         phone.send_text(text)
         assert phone.wait("error")["error"] == problem
+
+    @pytest.mark.parametrize("generation", ["1.0", "1.1"])
+    def test_a_goodbye_is_answered_and_hung_up_at_once(self, rig: Rig, generation: str) -> None:
+        """Both close frames are said: whoever waits for the end of the connection, an app or a stop, need not wait."""
+        took = []
+        for chat in [rig.chat(generation) for _ in range(3)]:
+            begin = time.monotonic()
+            chat.phone.close()
+            took.append(time.monotonic() - begin)
+        assert min(took) < 0.5, took
 
     def test_a_session_that_is_not_subscribed(self, rig: Rig) -> None:
         _, sid = rig.session()
@@ -312,6 +323,24 @@ class TestTurns:
             chat.phone.prompt(chat.sid, "that", "turn-1")
         with pytest.raises(CommandFailed, match="clientTurnId conflict: turn-1"):
             chat.phone.prompt(chat.sid, "this", "turn-1", kind="steer")
+
+    @pytest.mark.parametrize("ending", ["fails", "is stopped"])
+    def test_what_waits_behind_a_turn_that_fails_is_played_and_behind_a_stopped_one_not(self, both: Rig, ending: str) -> None:
+        chat = both.chat()
+        chat.play("!say warm")
+        chat.say("!wait 200\n!error 400 no" if ending == "fails" else BUSY)
+        for kind, text in (("prompt", "one"), ("steer", "two"), ("follow_up", "three")):
+            chat.phone.prompt(chat.sid, text, f"{text} {chat.sid}", kind=kind)
+        if ending == "is stopped":
+            chat.phone.send("stop", sessionId=chat.sid)
+        chat.phone.prompt(chat.sid, "last", f"last {chat.sid}")
+        chat.phone.wait("message_end", role="assistant", content="ok: last")
+        chat.settled()
+        said = [f["content"] for f in chat.phone.frames if f["type"] == "message_end" and f["role"] == "user"]
+        wanted = ["two", "one", "three", "last"] if ending == "fails" else ["last"]
+        assert said[2:] == wanted
+        queue = chat.phone.command("get_queue", chat.sid)["data"]
+        assert (queue["steering"], queue["followUp"]) == ([], [])
 
     def test_a_failed_answer_is_an_error_and_the_session_goes_on(self, both: Rig) -> None:
         chat = both.chat()
