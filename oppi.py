@@ -4657,12 +4657,13 @@ def skill_folders(root: str) -> Iterator[str]:
     """Folders below `root` with a SKILL.md, which are not searched further; links are followed, as pi does."""
     queue = deque([root])
     for _ in range(SKILL_FOLDERS):
-        folder = queue.popleft() if queue else ""
-        for name in names_in(folder) if folder else ():
-            path = os.path.join(folder, name)
+        if not queue:
+            return
+        folder = queue.popleft()
+        for path in [os.path.join(folder, name) for name in names_in(folder) if name[0] != "." and name != "node_modules"]:
             if os.path.isfile(os.path.join(path, "SKILL.md")):
                 yield path
-            elif not name.startswith(".") and name != "node_modules" and os.path.isdir(path):
+            elif os.path.isdir(path):
                 queue.append(path)
 
 
@@ -4691,7 +4692,7 @@ def skill_entry(path: str, built_in: bool) -> Json | None:
 
 class Skills:
     """The registry.  `own` is the folder of the skills made on phones, which hide others of the same name.
-    May be slow (the disk is looked at): for worker threads, except where a list of names is all there is to check."""
+    May be slow (the disk is looked at): for worker threads."""
 
     def __init__(self, own: str) -> None:
         self.own = own
@@ -6679,16 +6680,18 @@ class Sessions:
             raise PiFailed(
                 "This project's .pi/settings.json changes how pi runs programs, and this pi obeys it unasked. Update pi."
             )
+        on_thread, names = functools.partial(asyncio.get_running_loop().run_in_executor, None), arr(workspace.get("skills"))
+        skills = await on_thread(self.store.skills.chosen, names)
         file = next(iter(session_files(record)[::-1]), "")
         self.check_free(file, record["id"])
-        recorded = await asyncio.get_running_loop().run_in_executor(None, self._prepare, folder, file, workspace)
+        recorded = await on_thread(self._prepare, folder, file, workspace)
         argv = [program] + pi_arguments(
             self.store.path("pi", "oppi-gate.js"),
             folder,
             file,
             str(record.get("model") or ""),
             str(record.get("thinkingLevel") or ""),
-            self.store.skills.chosen(arr(workspace.get("skills"))),
+            skills,
             extension_paths(workspace),
             os.path.join(folder, "prompt.md") if workspace.get("systemPrompt") else "",
             str(workspace.get("systemPromptMode") or "append"),
@@ -8022,7 +8025,7 @@ class Api:
                 "workspaceCount": len(server.store.workspaces),
                 "activeSessionCount": sum(s.get("status") not in ("stopped", "error") for s in sessions),
                 "totalSessionCount": len(sessions),
-                "skillCount": len(server.store.skills.all()),
+                "skillCount": len(await self._skill_names()),
                 "modelCount": len(server.pi.models),
             },
         }
@@ -8164,14 +8167,14 @@ class Api:
         """Raises NotFound."""
         return cast(Json, existing(self.server.store.workspaces.get(key), "Workspace not found"))
 
-    def _shown(self, request: Request, *records: Json) -> list[Json]:
+    async def _shown(self, request: Request, *records: Json) -> list[Json]:
         """Workspaces as the app that asks decodes them."""
         dialect = self.server.dialect_of(self.admit(request))
-        skills = self._skill_names() if any(record.get("skills") for record in records) else set()
+        skills = await self._skill_names() if any(record.get("skills") for record in records) else set()
         return [workspace_wire(record, dialect, skills) for record in records]
 
-    def _skill_names(self) -> set[str]:
-        return {skill["name"] for skill in self.server.store.skills.all()}
+    async def _skill_names(self) -> set[str]:
+        return {skill["name"] for skill in await self._work(self.server.store.skills.all)}
 
     async def workspaces(self, request: Request) -> Json:
         known = self.server.store.workspaces
@@ -8179,7 +8182,7 @@ class Api:
             seed = {"name": name, "icon": icon, "description": description, "policyPreset": "host_standard"}
             self._add_workspace({**seed, "skills": []})
         records = sorted(known.values(), key=lambda r: whole(r.get("createdAt")))
-        return {"workspaces": self._shown(request, *records)}
+        return {"workspaces": await self._shown(request, *records)}
 
     def _add_workspace(self, values: Json) -> Json:
         now = now_ms()
@@ -8191,15 +8194,15 @@ class Api:
         return record
 
     async def create_workspace(self, request: Request) -> Reply:
-        record = self._add_workspace(check_workspace(request.json(), True, self._skill_names()))
-        return Reply(201, {"workspace": self._shown(request, record)[0]})
+        record = self._add_workspace(check_workspace(request.json(), True, await self._skill_names()))
+        return Reply(201, {"workspace": (await self._shown(request, record))[0]})
 
     async def show_workspace(self, request: Request, key: str) -> Json:
-        return {"workspace": self._shown(request, self.workspace(key))[0]}
+        return {"workspace": (await self._shown(request, self.workspace(key)))[0]}
 
     async def change_workspace(self, request: Request, key: str) -> Json:
-        record = self.workspace(key)
-        changes = check_workspace(request.json(), False, self._skill_names())
+        known = await self._skill_names()
+        record, changes = self.workspace(key), check_workspace(request.json(), False, known)
         record.update(changes, updatedAt=now_ms())
         for name in [name for name, value in changes.items() if value is None]:
             del record[name]
@@ -8239,7 +8242,7 @@ class Api:
         records = [r for r in self.server.store.sessions.values() if r.get("workspaceId") == key]
         since = now_ms() - int(days) * 86_400_000 if re.fullmatch(r"\d{1,4}", days) else -math.inf
         recent = [r for r in records if r.get("status") != "stopped" or whole(r.get("lastActivity")) >= since]
-        more = {"workspace": self._shown(request, workspace)[0], "totalCount": len(records)}
+        more = {"workspace": (await self._shown(request, workspace))[0], "totalCount": len(records)}
         return self._listed(recent, more, key, len(recent), dumps(more))
 
     async def create_session(self, request: Request, key: str) -> Reply:

@@ -110,12 +110,12 @@ class TestDiscovery:
         add(pis(rig) / "group" / "more", "deep")
         add(pis(rig), "outer")
         add(pis(rig) / "outer", "inner")
-        add(pis(rig) / "node_modules", "package")
         add(pis(rig) / ".hidden", "secret")
         add(pis(rig), ".dotted")
+        add(add(pis(rig), "node_modules"), "package")
+        add(own(rig), ".half-written.new")
         put(pis(rig) / "plain" / "README.md")
-        assert "inner" not in listed(rig.phone()) and "package" not in listed(rig.phone())
-        assert {"deep", "outer"} <= set(listed(rig.phone())) and "secret" not in listed(rig.phone())
+        assert set(listed(rig.phone())) == {"deep", "outer"}
 
     def test_links_are_followed_and_broken_ones_skipped(self, rig: Rig, tmp_path: Path) -> None:
         add(tmp_path, "elsewhere")
