@@ -6870,7 +6870,7 @@ class Sessions:
         return mount
 
     def sensitive(self, path: str) -> bool:
-        return sensitive_file(path, self.store.root)
+        return any(sensitive_file(path, root) for root in (self.store.root, os.path.realpath(self.store.root)))
 
     async def difference(self, record: Json, path: str) -> bytes:
         """What a session did to a file, from first to last (http-api 2.9), as JSON.  Raises NotFound, Unavailable."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.phone import Phone, quote
+from tests.support.server import Server
 
 from .rig import Chat, Rig, eventually, rig_with
 
@@ -361,6 +362,20 @@ class TestFiles:
             assert phone.request("GET", path + f"data/{name}") in (SECRET, FILE404), name
         assert phone.request("GET", path + "data/config.json") == SECRET
         assert phone.raw("GET", path + "config.json").body == b"{}"  # a project may have one, too
+
+    def test_it_is_refused_by_each_of_its_paths(self, tmp_path: Path) -> None:
+        """A data directory below a link, as when `~/.config` lies among somebody's dotfiles."""
+        with Server(start=False) as server:
+            server.data.rename(server.folder / "dotfiles")
+            server.data.symlink_to("dotfiles")
+            server.start()
+            rig = Rig(server, tmp_path / "stdin.log")
+            wid = new_workspace(rig, server.folder)
+            sid = rig.phone().create_session(wid)["id"]
+            for folder in ("data", "dotfiles"):
+                for name in ("config.json", "devices.json", "identity_ed25519", f"workspaces/{wid}.json"):
+                    answer = rig.phone().request("GET", f"/workspaces/{wid}/sessions/{sid}/files?path={folder}/{name}")
+                    assert answer == SECRET, (folder, name)
 
     def test_size(self, phone: Phone, root: Path, path: str) -> None:
         for name, size in (("most.bin", 10 << 20), ("more.bin", (10 << 20) + 1)):
