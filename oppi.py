@@ -2135,7 +2135,12 @@ def _paths(words: Sequence[str], ctx: Context, cwds: Sequence[str]) -> tuple[str
 
 def _secret(path: str, ctx: Context) -> bool:
     found = SECRET_PATH.search(path)
-    return found is not None and (found.lastgroup != "own" or guarded(path, ctx.data_dir))
+    return found is not None and (found.lastgroup != "own" or any(guarded(path, folder) for folder in _data_dirs(ctx)))
+
+
+def _data_dirs(ctx: Context) -> set[str]:
+    """The paths of this server's data directory, which may lie below a link."""
+    return {ctx.data_dir, ctx.real_path(ctx.data_dir)}
 
 
 def sensitive_file(path: str, data_dir: str) -> bool:
@@ -2145,10 +2150,11 @@ def sensitive_file(path: str, data_dir: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _secret_places(home: str, agent_dir: str, data_dir: str) -> tuple[str, ...]:
+def _secret_places(home: str, agent_dir: str, *data_dirs: str) -> tuple[str, ...]:
     """Where credentials are known to lie."""
     places = [f"{home}/{name}" for name in SECRET_HOMES] + [f"{agent_dir}/auth.json"]
-    return (*places, *(f"{data_dir}/{name}" for name in ("config.json", "devices.json", "identity_ed25519", "apns.json")))
+    own = ("config.json", "devices.json", "identity_ed25519", "apns.json")
+    return (*places, *(f"{folder}/{name}" for folder in data_dirs for name in own))
 
 
 @functools.lru_cache(maxsize=16)
@@ -2162,7 +2168,7 @@ def _outline(paths: tuple[str, ...]) -> tuple[set[str], set[str], tuple[str, ...
 def _reaches(path: str, ctx: Context, below: bool) -> bool:
     """Whether a path with globs may be one of credentials; with `below` also if such may be below it."""
     path = path.casefold().rstrip("/")
-    own, above, under = _outline(_secret_places(ctx.home, ctx.agent_dir, ctx.data_dir))
+    own, above, under = _outline(_secret_places(ctx.home, ctx.agent_dir, *sorted(_data_dirs(ctx))))
     if GLOB not in path:
         return path in own or path.startswith(under) or (below and path in above)
     parts, folder = path.split("/"), path.partition(GLOB)[0].rpartition("/")[0]
@@ -2221,7 +2227,7 @@ def _protected(action: Action, ctx: Context) -> str:
         return "Writes into your home directory"
     if not action.targets or (action.verb == "run" and (_only_reads(action) or _browser_script(action, ctx))):
         return ""
-    kept, above, under = _outline((ctx.data_dir, ctx.agent_dir, *ctx.protected))
+    kept, above, under = _outline((*sorted(_data_dirs(ctx)), ctx.agent_dir, *ctx.protected))
     home, wide = ctx.home.casefold() + "/", ("/", ctx.home.casefold(), ctx.cwd.casefold())
     system = SYSTEM_FILES + PROGRAM_FILES if name in WRITERS else SYSTEM_FILES
     for path in action.targets:
@@ -2346,7 +2352,7 @@ def _bounded(action: Action, ctx: Context) -> bool:
     ends = action.words.index("--") if "--" in action.words else len(action.words)
     words = [w for at, w in enumerate(action.words) if at and (at > ends or not w.startswith("-"))]
     paths = [_joined(word, ctx, cwd) for word in words or ["."] for cwd in action.cwds]
-    holds = any(inside(secret, absolute(path, ctx)) for path in paths for secret in (ctx.agent_dir, ctx.data_dir))
+    holds = any(inside(secret, absolute(path, ctx)) for path in paths for secret in (ctx.agent_dir, *_data_dirs(ctx)))
     return action.words[0] in HELPERS or (
         not holds and not any(map(_is_computed, words)) and all(within(path, False) for path in paths)
     )

@@ -1124,3 +1124,40 @@ def test_a_variable_from_outside_that_decides_what_runs_is_asked_about() -> None
     for command in ("F='a[$(sudo id)]' sh -c 'echo $((F))'", "c=read; export c; bash -c '$c x'", "x='a b'; sh -c '[ $x = y ]'"):
         assert ask(command, context()) == "ask", command
     assert ask("NODE_ENV=test bash -c 'npm test'", context()) == "allow"
+
+
+# ---- a data directory below a link, as when ~/.config lies among somebody's dotfiles ---------------------------------
+
+FOUND = "/Users/u/dotfiles/config/oppi"
+INTO_DATA = """
+cat {data}/config.json
+cat {data}/identity_ed25519
+cat {data}/conf*
+cat {data}/*
+grep -r token {data}
+cp {data}/config.json x
+cp x {data}/rules.json
+echo x > {data}/rules.json
+rm -rf {data}
+tar cf x.tar {data}
+cd {data} && cat config.json
+ls {data}
+"""
+
+
+def below_a_link(path: str) -> str:
+    found = posixpath.normpath(path)
+    return found.replace("/Users/u/.config", "/Users/u/dotfiles/config") if found.startswith("/Users/u/.config/oppi") else found
+
+
+@pytest.mark.parametrize("preset", ANY_PRESET)
+@pytest.mark.parametrize("line", INTO_DATA.strip().splitlines())
+def test_secrets_are_as_safe_by_the_path_behind_a_link(line: str, preset: str) -> None:
+    plain = context(preset, data_dir=FOUND)._replace(real_path=str)
+    linked = context(preset, data_dir=DATA)._replace(real_path=below_a_link)
+    for place in (FOUND, DATA):
+        assert ask(line.format(data=place), linked) == ask(line.format(data=FOUND), plain), place
+    for call in (file("read", "{data}/config.json"), file("write", "{data}/rules.json"), file("edit", "{data}/sessions/x.json")):
+        for place in (FOUND, DATA):
+            wanted = oppi.evaluate(file(call.tool, call.input["path"].format(data=FOUND)), plain)
+            assert ask(file(call.tool, call.input["path"].format(data=place)), linked) == wanted.action, (call, place)
