@@ -6876,7 +6876,8 @@ class Sessions:
         return mount
 
     def sensitive(self, path: str) -> bool:
-        return any(sensitive_file(path, root) for root in (self.store.root, os.path.realpath(self.store.root)))
+        own = (self.store.root, os.path.join(agent_dir(), "auth.json"))
+        return any(sensitive_file(path, place) for place in (*own, *map(os.path.realpath, own)))
 
     async def difference(self, record: Json, path: str) -> bytes:
         """What a session did to a file, from first to last (http-api 2.9), as JSON.  Raises NotFound, Unavailable."""

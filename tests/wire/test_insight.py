@@ -377,6 +377,16 @@ class TestFiles:
                     answer = rig.phone().request("GET", f"/workspaces/{wid}/sessions/{sid}/files?path={folder}/{name}")
                     assert answer == SECRET, (folder, name)
 
+    def test_the_keys_of_pi_are_refused_wherever_they_are(self, tmp_path: Path) -> None:
+        for name in ("auth.json", "notes.json"):
+            (tmp_path / name).write_text("{}")
+        with Server(env={"PI_CODING_AGENT_DIR": str(tmp_path)}) as server:
+            rig = Rig(server, tmp_path / "stdin.log")
+            wid = new_workspace(rig, tmp_path)
+            path = f"/workspaces/{wid}/sessions/{rig.phone().create_session(wid)['id']}/files?path="
+            assert rig.phone().request("GET", path + "auth.json") == SECRET
+            assert rig.phone().raw("GET", path + "notes.json").body == b"{}"
+
     def test_size(self, phone: Phone, root: Path, path: str) -> None:
         for name, size in (("most.bin", 10 << 20), ("more.bin", (10 << 20) + 1)):
             with (root / name).open("wb") as file:
