@@ -161,7 +161,8 @@ class Grammar:
 
     def _session_ended(self, message: Frame) -> None:
         self.rule(not self.stopping, message, "before it is told how the stop ended")
-        self.busy, self.known = False, True
+        self.busy = self.stopping = False  # also what is only remembered from before a gap
+        self.known = True
         self.tools.clear()
 
 
