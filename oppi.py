@@ -276,6 +276,13 @@ def redact(text: str) -> str:
     return re.sub(TOKEN_TEXT, r"\1_[redacted]", visible(text))
 
 
+def encode_in_parts(value: Any) -> bytes:
+    """As `encode`, letting go of the interpreter between the members of lists: on a thread it holds up nobody."""
+    if isinstance(value, dict):
+        return b"{" + b",".join(encode(name) + b":" + encode_in_parts(item) for name, item in value.items()) + b"}"
+    return b"[" + b",".join(map(encode, value)) + b"]" if isinstance(value, list) else encode(value)
+
+
 def join_surrogates(text: str) -> str:
     """Pairs of escaped surrogates that arrived apart become the character they stand for."""
     if not re.search(SURROGATE, text):
@@ -357,6 +364,7 @@ KEYS = (
     Key("pairingTokenExpiresAt", "number", state=True),
     Key("liveActivityToken", "string", state=True),
     Key("liveActivityDialect", "string", state=True, help="generation of the app that registered it"),
+    Key("pushTokenOwners", "map", state=True, help="push token -> the device that registered it"),
     Key("thinkingLevelByModel", "map", state=True),
     Key("sessionTimeout", "int", state=True, help="old name of sessionIdleTimeoutMs"),
 )
@@ -3877,13 +3885,14 @@ def permission_note(asked: Sequence[Json], name: str, detail: bool) -> Note:
     wire, risks = asked[-1], [str(each.get("risk")) for each in asked]
     risk = next((level for level in RISK_NOTES if level in risks), "")
     level, relevance, sound, *priority = RISK_NOTES[risk]
-    grave = risk in ("critical", "high")
-    summary = note_text(wire["displaySummary"]) if detail and not grave else REDACTED
+    shown = note_text(wire["displaySummary"])
+    summary = shown if detail and risk not in ("critical", "high") else REDACTED
+    whole_text = len(asked) == 1 and summary == wire["displaySummary"]  # else nothing may be allowed from a locked screen
     tool = note_text(wire["tool"])
     body = f"{tool}: {summary}" if len(asked) == 1 else f"{len(asked)} requests wait. {REDACTED}"
     aps = {
         "alert": {"title": "Permission Request", "subtitle": note_text(name), "body": body}, "interruption-level": level,
-        "category": "PERMISSION_BIOMETRIC" if grave else "PERMISSION_REQUEST", "relevance-score": relevance,
+        "category": "PERMISSION_REQUEST" if whole_text else "PERMISSION_BIOMETRIC", "relevance-score": relevance,
         **({"sound": sound} if sound else {}),
     }  # fmt: skip
     more = {"permissionId": wire["id"], "sessionId": wire["sessionId"], "risk": risk or "medium", "tool": tool}
@@ -4816,7 +4825,7 @@ class Skills:
         skill = self.find(name)
         if skill["builtIn"]:
             raise Forbidden("Cannot delete built-in skill")
-        shutil.rmtree(skill["path"])
+        (os.unlink if os.path.islink(skill["path"]) else shutil.rmtree)(skill["path"])
 
 
 def gather(root: str, folder: str, refused: Callable[[str], Any] = lambda real: False) -> dict[str, bytes]:
@@ -6897,7 +6906,7 @@ class Sessions:
         baseline = before_changes(current, changes)
         rows = line_difference(baseline, current)
         counts = {side + "Lines": sum(row["kind"] == side for row in rows) for side in ("added", "removed")}
-        return encode({
+        return encode_in_parts({
             "path": path, "revisionCount": len(changes), "baselineText": baseline, "currentText": current, **counts,
             "diffLines": rows, "hunks": diff_hunks(rows), "workspaceId": record["workspaceId"],
             "cacheKey": f"{record['id']}:{path}:{changes[-1]['id']}",
@@ -6917,7 +6926,7 @@ class Sessions:
         file = next((file for file, header in sorted(headers.items())[::-1] if header["id"] == wanted), "")
         if query.get("include") == "entry" and file:
             graph["entryGraph"] = entry_graph(wanted, read_nodes(file))
-        return encode(graph)
+        return encode_in_parts(graph)
 
     async def _unwritten(self, session_id: str, files: Sequence[str]) -> list[Any]:
         """What a running pi has said, if it has not written anything down yet."""
@@ -7156,10 +7165,14 @@ class Apns:
 
 
 class Notifier:
-    """Sends notes.  `configure` changes the settings; `hub` knows the phones and the turns that have ended."""
+    """Sends notes.  `configure` changes the settings; `hub` knows the phones and the turns that have ended; `welcome`
+    whose tokens are valid: a push token goes with the device that registered it."""
 
-    def __init__(self, store: Store, settings: Callable[[], Settings], configure: Callable[[Json], None], hub: Hub) -> None:
-        self.store, self.settings, self.configure, self.hub = store, settings, configure, hub
+    def __init__(
+        self, store: Store, settings: Callable[[], Settings], configure: Callable[[Json], None], hub: Hub,
+        welcome: Callable[[], set[str]],
+    ) -> None:  # fmt: skip
+        self.store, self.settings, self.configure, self.hub, self.welcome = store, settings, configure, hub, welcome
         self.apns = Apns(store.path("apns.json"))
         self.seen: dict[str, float] = {}  # permission or dialog -> since when it is known
         self.told: dict[str, Note] = {}  # the same -> the note it was told by
@@ -7180,7 +7193,28 @@ class Notifier:
     def push_tokens(self) -> list[str]:
         settings = self.settings()
         known = [token for name in PUSH_TOKEN_KEYS for token in settings[name] or []]
-        return [token for token in OrderedDict.fromkeys(known) if re.fullmatch(PUSH_TOKEN, token)]
+        return [token for token in OrderedDict.fromkeys(known) if self._usable(token)]
+
+    def _usable(self, token: str) -> bool:
+        """Whether a push token is one, and of a device that was not revoked; the original did not write down of which."""
+        owner = (self.settings()["pushTokenOwners"] or {}).get(token)
+        return re.fullmatch(PUSH_TOKEN, token) is not None and (owner is None or owner in self.welcome())
+
+    def register(self, token: str, owner: str = "", dialect: str = "", live: bool = False, adding: bool = False) -> None:
+        """Remember where alerts, or the live activity, of a device go, or forget it; those of revoked devices go with it."""
+        settings = self.settings()
+        lists = {name: [t for t in settings[name] or () if t != token and self._usable(t)] for name in PUSH_TOKEN_KEYS}
+        activity = (settings["liveActivityToken"] or "", settings["liveActivityDialect"] or "")
+        if live or activity[0] == token:
+            activity = (token, dialect) if live and adding else ("", "")
+        if adding and not live:
+            lists["pushDeviceTokens"] = [*lists["pushDeviceTokens"], token][-PUSH_TOKENS:]
+        owners = {**(settings["pushTokenOwners"] or {}), **({token: owner} if adding else {})}
+        known = {activity[0], *itertools.chain(*lists.values())}
+        changes: Json = {name: tokens for name, tokens in lists.items() if tokens or settings[name]}
+        changes.update(liveActivityToken=activity[0], liveActivityDialect=activity[1])
+        changes["pushTokenOwners"] = {t: o for t, o in owners.items() if t in known}
+        self.configure(changes)
 
     # what to tell
 
@@ -7240,7 +7274,7 @@ class Notifier:
         """Keep the live activity of the phone that has registered for one up to date."""
         token, dialect = (self.settings()[name] or "" for name in ("liveActivityToken", "liveActivityDialect"))
         before, sent = self._activity
-        if not (token and dialect and self.apns.config() and re.fullmatch(PUSH_TOKEN, token)):
+        if not (token and dialect and self.apns.config() and self._usable(token)):
             return
         state = activity_state(dialect, records, asked, now_ms())
         ending = state is None
@@ -7289,9 +7323,9 @@ class Notifier:
         return status, text
 
     async def by_webhook(self, note: Note) -> tuple[int, str]:
-        """(status, body) of the webhook."""
+        """The webhook's status; what it says beside that is not listened to."""
         settings, (headers, text) = self.settings(), webhook_message(note)
-        fields = [("url", settings["push.webhook"]), ("proto", "=http,https"), ("data-raw", text)]
+        fields = [("url", settings["push.webhook"]), ("proto", "=http,https"), ("data-raw", text), ("output", os.devnull)]
         if settings["push.webhookTokenFile"]:
             try:
                 secret = read_regular(os.path.expanduser(settings["push.webhookTokenFile"]), 4096).decode().strip()
@@ -7313,12 +7347,8 @@ class Notifier:
     ) -> tuple[int, str]:
         """Push to one phone; its token is forgotten when Apple knows it no longer, or after the end of an activity."""
         status, reason = await self._tries(lambda: self.apns.send(token, headers, payload), note)
-        settings = self.settings()
         if status == 410 or (status == 400 and reason in GONE) or (forget and status == 200):
-            changes: Json = {name: [t for t in settings[name] or () if t != token] for name in PUSH_TOKEN_KEYS if settings[name]}
-            if settings["liveActivityToken"] == token:
-                changes["liveActivityToken"] = ""
-            self.configure(changes)
+            self.register(token)
         return status, reason
 
     async def close(self) -> None:
@@ -8064,19 +8094,14 @@ class Api:
     async def push_token(self, request: Request) -> Json:
         """Register or remove a push token.  It is an address, never a credential."""
         body, adding, server = request.json(), request.method == "POST", self.server
-        given, settings = body.get("deviceToken"), server.settings
+        given = body.get("deviceToken")
         require(_is_text(given) or not adding, "deviceToken required")
         token = str(given or "").lower()
         require(re.fullmatch(PUSH_TOKEN, token) or not adding, "deviceToken must be 32 to 200 hexadecimal digits")
-        if body.get("tokenType") == "liveactivity":
-            principal = self.admit(request)  # the owner token does not say which app it is
-            dialect = server.dialect_of(principal) if adding and not principal.startswith("owner:") else ""
-            server.configure({"liveActivityToken": token if adding else "", "liveActivityDialect": dialect})
-        elif token:
-            others = [t for t in settings["pushDeviceTokens"] or [] if t != token]
-            old = [t for t in settings["deviceTokens"] or [] if t != token]
-            kept = {"deviceTokens": old} if settings["deviceTokens"] else {}
-            server.configure({"pushDeviceTokens": [*others, token][-PUSH_TOKENS:] if adding else others, **kept})
+        principal, live = self.admit(request), body.get("tokenType") == "liveactivity"
+        dialect = server.dialect_of(principal) if not principal.startswith("owner:") else ""  # that may be any app
+        if token or live:
+            server.notifier.register(token, principal, dialect, live=live, adding=adding)
         return {"ok": True}
 
     async def models(self, request: Request) -> Json:
@@ -8848,7 +8873,8 @@ class Server:
         self.hub = Hub()
         self.approvals = Approvals(store, self.hub, lambda: self.settings)
         self.sessions = Sessions(store, lambda: self.settings, self.pi, self.hub, self.approvals)
-        self.notifier = Notifier(store, lambda: self.settings, self.configure, self.hub)
+        welcome = lambda: self.access.principals()  # noqa: E731
+        self.notifier = Notifier(store, lambda: self.settings, self.configure, self.hub, welcome)
         self.api = Api(self)
         self.edge = Edge(self.api)
         self._lock = -1
@@ -10027,7 +10053,7 @@ def push_test(store: Store, args: argparse.Namespace) -> int:
     def configure(changes: Json) -> None:
         store.change_config(lambda raw: raw.update(changes))
 
-    notifier = Notifier(store, store.settings, configure, Hub())
+    notifier = Notifier(store, store.settings, configure, Hub(), lambda: store.read_access().principals())
     notifier.tries = 1
     routes = {name: how for name, how in notifier.routes().items() if args.route in (None, name)}
     if not routes:

@@ -30,9 +30,9 @@ class TestPermission:
         [
             ("critical", "time-sensitive", 1.0, "default", (10, 5), "PERMISSION_BIOMETRIC"),
             ("high", "time-sensitive", 0.9, "default", (10, 5), "PERMISSION_BIOMETRIC"),
-            ("medium", "active", 0.7, "default", (10, 4), "PERMISSION_REQUEST"),
-            ("low", "passive", 0.4, None, (5, 3), "PERMISSION_REQUEST"),
-            ("odd", "active", 0.5, "default", (10, 4), "PERMISSION_REQUEST"),
+            ("medium", "active", 0.7, "default", (10, 4), "PERMISSION_BIOMETRIC"),
+            ("low", "passive", 0.4, None, (5, 3), "PERMISSION_BIOMETRIC"),
+            ("odd", "active", 0.5, "default", (10, 4), "PERMISSION_BIOMETRIC"),
         ],
     )
     def test_how_loud_it_is(
@@ -53,6 +53,11 @@ class TestPermission:
     def test_details_are_a_choice_and_never_for_the_grave(self, risk: str, shown: bool) -> None:
         note = oppi.permission_note([wire(risk)], "Work", True)
         assert (COMMAND in note.payload["summary"]) == shown == (COMMAND in note.payload["aps"]["alert"]["body"])
+
+    @pytest.mark.parametrize(("command", "category"), [("ls", "PERMISSION_REQUEST"), ("ls " * 60, "PERMISSION_BIOMETRIC")])
+    def test_only_what_is_shown_in_full_can_be_allowed_from_a_locked_screen(self, command: str, category: str) -> None:
+        note = oppi.permission_note([wire("low", displaySummary=command)], "Work", True)
+        assert note.payload["aps"]["category"] == category
 
     def test_several_are_one_as_loud_as_the_gravest(self) -> None:
         note = oppi.permission_note([wire("critical", "a"), wire("low", "b")], "Work", True)
@@ -174,7 +179,7 @@ class World:
         store.sessions = {"s1": {"id": "s1", "name": "Work"}}
         self.hub = oppi.Hub()
         settings = oppi.Settings({"push": {"webhook": "https://example.com/x"}})
-        self.notifier = oppi.Notifier(store, lambda: settings, lambda changes: None, self.hub)
+        self.notifier = oppi.Notifier(store, lambda: settings, lambda changes: None, self.hub, set)
         monkeypatch.setattr(self.notifier, "send", self.sent.append)
         self.live = SimpleNamespace(id="s1", record=store.sessions["s1"], running=False, questions=lambda: self.dialogs)
         self.dialogs: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -130,3 +131,8 @@ def test_logs_hold_no_token_and_no_control_character(token: str) -> None:
 )
 def test_surrogate_halves_become_the_character(text: str, joined: str) -> None:
     assert oppi.join_surrogates(text) == joined
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_encoded_in_parts_it_is_the_same(value: Any) -> None:
+    assert oppi.encode_in_parts(value) == oppi.encode(value)

@@ -156,7 +156,7 @@ class TestApns:
         assert told.body == {
             "aps": {
                 "alert": {"title": "Permission Request", "subtitle": "Work", "body": f"bash: {text}"},
-                "category": "PERMISSION_REQUEST", "interruption-level": "active", "relevance-score": 0.7, "sound": "default",
+                "category": "PERMISSION_BIOMETRIC", "interruption-level": "active", "relevance-score": 0.7, "sound": "default",
             },
             "permissionId": pending["id"], "sessionId": chat.sid, "risk": "medium", "tool": "bash", "summary": text,
             "timeoutAt": pending["timeoutAt"],
@@ -227,6 +227,20 @@ class TestApns:
             left_alone(rig)
             eventually(lambda: any("[push]" in line for line in rig.server.stderr))
             assert rig.phone().health()["ok"]
+
+    def test_a_revoked_phone_is_told_nothing_more(self, apple: tuple[Rig, Apple]) -> None:
+        rig, service = apple
+        lost = rig.server.pair("1.1")
+        lost.call("POST", "/me/device-token", {"deviceToken": OTHER})
+        [device] = json.loads((rig.server.data / "devices.json").read_text())["devices"]
+        assert rig.server.cli("devices", "revoke", device["id"]).returncode == 0
+        left_alone(rig)
+        eventually(lambda: service.told)
+        rig.phone().call("POST", "/me/device-token", {"deviceToken": "ef" * 32})  # prunes what belongs to nobody
+        left_alone(rig)
+        service.wait(3)
+        assert OTHER not in {told.path.rpartition("/")[2] for told in service.told}
+        assert OTHER not in (rig.server.data / "config.json").read_text()
 
 
 class TestNobodyWaits:
