@@ -4,6 +4,8 @@ offered after a crash, and never run twice or by themselves."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +112,42 @@ def test_closing_the_dialog_keeps_the_message(place: Rig) -> None:
     chat.play("something else")
     assert {text for _, text in trace(chat)} == {ENDLESS, "something else"}
     eventually(lambda: held(place, chat.sid) == [ENDLESS])
+
+
+def test_a_message_that_is_sent_again_in_vain_is_held_at_every_moment(tmp_path: Path) -> None:
+    """pi dies before it takes it, and the server could do so between any two of its writes."""
+    copies = tmp_path / "copies"
+    copying = """if True:
+        import sys
+        sys.path.insert(0, sys.argv.pop(1))
+        copies = sys.argv.pop(1)
+        import oppi
+        write_file = oppi.write_file
+        def write_and_copy(path, data):
+            write_file(path, data)
+            if "/turns/" in path:
+                with open(copies, "ab") as file:
+                    file.write(data + bytes([10]))
+        oppi.write_file = write_and_copy
+        oppi.run()
+    """
+    with rig_with(tmp_path, program=[sys.executable, "-c", copying, str(ROOT), str(copies)]) as rig:
+        chat = crash(rig.chat(), client_turn_id="one")
+        offer(chat)
+        witness = rig.join(chat.wid, chat.sid).phone
+        pis = [pid for pid, line in rig.server.orphans() if f"/pi/{chat.sid}" in line and "--mode" in line]
+        before = len(copies.read_bytes().splitlines())
+        for pid in pis:
+            os.kill(pid, signal.SIGSTOP)
+        chat.phone.answer_dialog("held-one", chat.sid, value="Send again")
+        witness.wait("extension_ui_notification", id="held-one", since=0)
+        for pid in pis:
+            os.kill(pid, signal.SIGKILL)
+        witness.wait("session_ended", since=0)
+        rig.server.stop()
+        written = [json.loads(line)["turns"] for line in copies.read_bytes().splitlines()[before:]]
+        texts = [[turn["text"] for turn in turns if turn["payload"] is not None] for turns in written]
+        assert texts == [[ENDLESS]] * max(2, len(texts))
 
 
 def test_several_are_offered_one_after_the_other(place: Rig) -> None:
