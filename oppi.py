@@ -83,7 +83,7 @@ import math
 import posixpath
 import re
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, cast
 
 if TYPE_CHECKING:
@@ -6263,8 +6263,13 @@ class LiveSession:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
             if any(items for _, items in drafts) and not self.running:
                 raise Conflict("Message queue can only contain items while a turn is streaming")
-            before = await self._empty_queue()
+            queued, before = self._queued(), await self._empty_queue()
+            begun = Counter(queued) - Counter(before)  # the model got these before the queue was emptied
             items = [(kind, item) for kind, items in drafts for item in items]
+            for entry in list(items):
+                if begun[entry[1]["message"]] > 0:
+                    begun[entry[1]["message"]] -= 1
+                    items.remove(entry)
             self.turns.requeue(before, items)
             for kind, item in items:
                 await self.pi.request(pi_turn(kind, item))
@@ -6275,8 +6280,8 @@ class LiveSession:
         before, path, self.clearing = self._queued(), self._place()[0], True
         try:
             if self.modern:
-                await self.pi.request({"type": "clear_queue"})
-                return before
+                cleared = obj(await self.pi.request({"type": "clear_queue"}))
+                return [text for name in ("steering", "followUp") for text in arr(cleared.get(name))]
             if os.path.exists(path):  # or it would begin another conversation
                 await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
             state = await self.pi.request({"type": "get_state"})
