@@ -83,7 +83,7 @@ import math
 import posixpath
 import re
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, cast
 
 if TYPE_CHECKING:
@@ -5514,6 +5514,7 @@ class Waiting(NamedTuple):
     stored: asyncio.Future[Any]
     done: asyncio.Future[str]
     told: asyncio.Event  # its phone has the result
+    instead: Sequence[tuple[str, Turn]] = ()  # the held turn that this one repeats, with its id
 
 
 class Turns:
@@ -5538,7 +5539,8 @@ class Turns:
         return stored
 
     async def accept(
-        self, command: str, body: Json, reply: Callable[[Json], None], valid: Callable[[], bool], check: Callable[[], None]
+        self, command: str, body: Json, reply: Callable[[Json], None], valid: Callable[[], bool], check: Callable[[], None],
+        instead: Sequence[tuple[str, Turn]],
     ) -> Waiting | None:
         """Put a turn in the line, or answer a repeated one.  Raises OppiError for the failed result."""
         payload = turn_payload(command, body)
@@ -5557,20 +5559,26 @@ class Turns:
             reply(result(command, request))
             return None
         check()
-        key = turn_id or new_id(12)
+        key, done = turn_id or new_id(12), asyncio.get_running_loop().create_future()
+        self.book.release(old for old, _ in instead)  # the same write forgets them
         self.book.add(key, Turn(command, content, now_ms(), payload["message"], payload, bool(turn_id)))
-        item = Waiting(key, request, reply, valid, self.save(), asyncio.get_running_loop().create_future(), asyncio.Event())
+        item = Waiting(key, request, reply, valid, self.save(), done, asyncio.Event(), instead)
         self.line.append(item)
         self.news.set()
         try:
             await asyncio.shield(item.stored)
         except OSError as error:
-            self.book.turns.pop(key, None)
+            self._forget(item)
             raise Unavailable(f"The message cannot be kept safe on the server: {error.strerror}") from None
         self.ack(key, "accepted", reply, **request)
         wait = HELD_ACK_S if self.emit else 0  # pi that only starts may take longer than the app waits
         asyncio.get_running_loop().call_later(wait, self.dispatched, item)
         return item
+
+    def _forget(self, item: Waiting) -> None:
+        """pi does not get this turn; the one that it repeats is held as before."""
+        self.book.turns.pop(item.turn_id, None)
+        self.book.turns.update(item.instead)
 
     def requeue(self, before: Sequence[str], items: Sequence[tuple[str, Json]]) -> None:
         """A person replaced pi's queue of these texts: what was taken out is held no longer, what came in is."""
@@ -5627,7 +5635,7 @@ class Turns:
         if not refusal:
             self.dispatched(item)
         elif turn and (turn.stage == "accepted" or not gone):
-            del self.book.turns[item.turn_id]
+            self._forget(item)
             self.save()
             failure = refusal if turn.stage == "accepted" else ""
             if not failure and self.emit:
@@ -6167,7 +6175,7 @@ class LiveSession:
         if self.turns.offered and key == self.turns.offered["id"]:
             found = self.turns.answer(body.get("value"))
             if found:
-                asyncio.ensure_future(self._resend(*found))
+                asyncio.ensure_future(self._resend(found))
         elif isinstance(key, str) and self.dialogs.pop(key, None) is not None:
             answer: Json = {name: body[name] for name, kind in DIALOG_ANSWERS if isinstance(body.get(name), kind)}
             self.pi.send({"type": "extension_ui_response", "id": key, **(answer or {"cancelled": True})})
@@ -6237,14 +6245,12 @@ class LiveSession:
         if not self.running:
             self.turns.release([turn_id])
 
-    async def _resend(self, turn_id: str, turn: Turn) -> None:
-        """Send a held turn again, as a new one, which is on disk with the same write that forgets the old one."""
-        self.turns.book.release([turn_id])
+    async def _resend(self, found: tuple[str, Turn]) -> None:
+        """Send a held turn again, as a new one; at every moment one of both is held on disk."""
+        payload = obj(found[1].payload)
         try:
-            await self.sessions.turn(self.id, "prompt", obj(turn.payload), lambda message: None, lambda: True)
+            await self.sessions.turn(self.id, "prompt", payload, lambda message: None, lambda: True, [found])
         except OppiError as error:
-            self.turns.book.turns[turn_id] = turn
-            self.turns.save()
             if self.state != "stopped":
                 self.emit({"type": "error", "error": f"Not sent again: {error}"})
 
@@ -6266,8 +6272,13 @@ class LiveSession:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
             if any(items for _, items in drafts) and not self.running:
                 raise Conflict("Message queue can only contain items while a turn is streaming")
-            before = await self._empty_queue()
+            queued, before = self._queued(), await self._empty_queue()
+            begun = Counter(queued) - Counter(before)  # the model got these before the queue was emptied
             items = [(kind, item) for kind, items in drafts for item in items]
+            for entry in list(items):
+                if begun[entry[1]["message"]] > 0:
+                    begun[entry[1]["message"]] -= 1
+                    items.remove(entry)
             self.turns.requeue(before, items)
             for kind, item in items:
                 await self.pi.request(pi_turn(kind, item))
@@ -6278,8 +6289,8 @@ class LiveSession:
         before, path, self.clearing = self._queued(), self._place()[0], True
         try:
             if self.modern:
-                await self.pi.request({"type": "clear_queue"})
-                return before
+                cleared = obj(await self.pi.request({"type": "clear_queue"}))
+                return [text for name in ("steering", "followUp") for text in arr(cleared.get(name))]
             if os.path.exists(path):  # or it would begin another conversation
                 await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
             state = await self.pi.request({"type": "get_state"})
@@ -6626,7 +6637,8 @@ class Sessions:
         return self.lines[session_id]
 
     async def turn(
-        self, session_id: str, command: str, body: Json, reply: Callable[[Json], None], valid: Callable[[], bool]
+        self, session_id: str, command: str, body: Json, reply: Callable[[Json], None], valid: Callable[[], bool],
+        instead: Sequence[tuple[str, Turn]] = (),
     ) -> None:
         """Run prompt, steer or follow_up, also while pi starts.  `reply` gets the frames only this phone
         sees; it runs only if the phone is still `valid` when pi can have it.  Raises OppiError for the failed result."""
@@ -6640,7 +6652,7 @@ class Sessions:
             elif command != "prompt":
                 raise Conflict(NOT_STREAMING[command])
 
-        item = await self.turns(session_id).accept(command, body, reply, valid, check)
+        item = await self.turns(session_id).accept(command, body, reply, valid, check, instead)
         if item is None:
             return
         if command == "prompt":

@@ -4,6 +4,8 @@ offered after a crash, and never run twice or by themselves."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from tests.support.phone import CommandFailed, Frame
 from tests.support.server import ROOT
 
-from .rig import DIALECTS, Chat, Rig, eventually, rig_with
+from .rig import DIALECTS, FORCED, PUSH, Chat, Rig, bash, eventually, rig_with
 
 OFFER = "extension_ui_request"
 ENDLESS = "!slow 50\n!text 2000"
@@ -112,6 +114,42 @@ def test_closing_the_dialog_keeps_the_message(place: Rig) -> None:
     eventually(lambda: held(place, chat.sid) == [ENDLESS])
 
 
+def test_a_message_that_is_sent_again_in_vain_is_held_at_every_moment(tmp_path: Path) -> None:
+    """pi dies before it takes it, and the server could do so between any two of its writes."""
+    copies = tmp_path / "copies"
+    copying = """if True:
+        import sys
+        sys.path.insert(0, sys.argv.pop(1))
+        copies = sys.argv.pop(1)
+        import oppi
+        write_file = oppi.write_file
+        def write_and_copy(path, data):
+            write_file(path, data)
+            if "/turns/" in path:
+                with open(copies, "ab") as file:
+                    file.write(data + bytes([10]))
+        oppi.write_file = write_and_copy
+        oppi.run()
+    """
+    with rig_with(tmp_path, program=[sys.executable, "-c", copying, str(ROOT), str(copies)]) as rig:
+        chat = crash(rig.chat(), client_turn_id="one")
+        offer(chat)
+        witness = rig.join(chat.wid, chat.sid).phone
+        pis = [pid for pid, line in rig.server.orphans() if f"/pi/{chat.sid}" in line and "--mode" in line]
+        before = len(copies.read_bytes().splitlines())
+        for pid in pis:
+            os.kill(pid, signal.SIGSTOP)
+        chat.phone.answer_dialog("held-one", chat.sid, value="Send again")
+        witness.wait("extension_ui_notification", id="held-one", since=0)
+        for pid in pis:
+            os.kill(pid, signal.SIGKILL)
+        witness.wait("session_ended", since=0)
+        rig.server.stop()
+        written = [json.loads(line)["turns"] for line in copies.read_bytes().splitlines()[before:]]
+        texts = [[turn["text"] for turn in turns if turn["payload"] is not None] for turns in written]
+        assert texts == [[ENDLESS]] * max(2, len(texts))
+
+
 def test_several_are_offered_one_after_the_other(place: Rig) -> None:
     chat = place.chat()
     chat.phone.prompt(chat.sid, ENDLESS, client_turn_id="one")
@@ -179,6 +217,43 @@ def test_a_prompt_that_cannot_be_stored_is_refused(place: Rig) -> None:
     with pytest.raises(CommandFailed, match="cannot be kept safe"):
         chat.phone.prompt(chat.sid, "hello", "one")
     assert place.prompts_of_pi() == []
+
+
+def test_a_queued_message_that_begins_while_the_queue_is_changed_runs_once(tmp_path: Path) -> None:
+    """pi takes it between the last look at its queue and the command that empties the queue."""
+    go = tmp_path / "go"
+    late = """if True:
+        import asyncio, os, sys
+        sys.path.insert(0, sys.argv.pop(1))
+        go = sys.argv.pop(1)
+        import oppi
+        request = oppi.PiProcess.request
+        async def request_late(self, command, *more):
+            while command["type"] == "clear_queue" and not os.path.exists(go):
+                await asyncio.sleep(0.01)
+            return await request(self, command, *more)
+        oppi.PiProcess.request = request_late
+        oppi.run()
+    """
+    with rig_with(tmp_path, program=[sys.executable, "-c", late, str(ROOT), str(go)]) as rig:
+        chat = rig.chat()
+        first = chat.ask()
+        asking = bash(FORCED)
+        for text in (asking, "two"):
+            chat.phone.prompt(chat.sid, text, kind="follow_up")
+        queue = chat.phone.command("get_queue", chat.sid)["data"]
+        drafts = [{"message": "three"}, *({"id": i["id"], "message": i["message"]} for i in queue["followUp"])]
+        fields = {"baseVersion": queue["version"], "steering": [], "followUp": drafts, "requestId": "change"}
+        chat.phone.send("set_queue", sessionId=chat.sid, **fields)
+        chat.phone.answer(first["id"], "deny")
+        second = chat.phone.wait("permission_request", displaySummary=FORCED, since=0)
+        go.touch()
+        result = chat.phone.result("set_queue", "change", since=0)
+        assert [item["message"] for item in result["data"]["followUp"]] == ["three", "two"]
+        chat.phone.answer(second["id"], "deny")
+        chat.phone.wait("message_end", role="assistant", content="ok: two", since=0)
+        eventually(lambda: held(rig, chat.sid) == [])
+        assert [text for _, text in trace(chat)] == [bash(PUSH), asking, "three", "two"]
 
 
 @pytest.mark.parametrize("repeat", [False, True])

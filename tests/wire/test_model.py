@@ -43,6 +43,7 @@ ENOUGH = 10_000 if LONG else 1000  # steps that are always made, for each dialec
 EMERGENCY = 3600.0 if LONG else 300.0  # s for each dialect, ten times what a quiet machine takes: then it fails
 APPS = (("old 1", "1.0"), ("new 1", "1.1"), ("old 2", "1.0"), ("new 2", "1.1"))
 SESSIONS = 3  # at most, in one example
+WRITTEN = 3.0  # s after which a busy machine has written what a person decided
 AT_REST = ("ready", "stopped", "error")
 
 SCRIPTS: dict[str, str] = {  # what the fake pi plays; TAG stands for the name of the turn
@@ -111,6 +112,7 @@ class Turn:
     requeued: int = 0  # how often a change of the queue may have written it again
     droppable: bool = False  # a person stopped the turn or emptied the queue
     discarded: bool = False
+    decided: float = 0.0  # when a person discarded it
 
 
 @dataclass(eq=False)
@@ -343,8 +345,18 @@ class Model(RuleBasedStateMachine):
         else:
             reasons = REFUSALS[:1] if send.known else REFUSALS
             need(one_of(reasons, frame["error"]), f"{turn.tag}, known={send.known}: {frame}")
-            need(send.known or not turn.safe, f"{turn.tag} was called safe, and then: {frame}")
+            need(send.known or not self.told_safe(send), f"{turn.tag} was called safe, and then: {frame}")
             turn.refused = True
+
+    def told_safe(self, send: Send) -> bool:
+        """Whether this app was told before that its turn is safe.
+
+        When it was sent twice, one may be refused before pi runs and the other one not.  Only on one socket it is
+        known what came first, and whoever looks at the session is told there of the acknowledgement.
+        """
+        turn = send.turn
+        alone = not any(other.turn is turn and other is not send for other in self.sends.values())
+        return turn.safe if alone else send.app.stages.get(turn.client_id or "", 0) >= 1
 
     def on_question(self, frame: Frame) -> None:
         if frame["id"] not in self.approvals:
@@ -481,7 +493,7 @@ class Model(RuleBasedStateMachine):
         if in_time and choice == "Send again":
             turn.pi, turn.droppable = pi, False
         if in_time and choice == "Discard":
-            turn.discarded = True
+            turn.discarded, turn.decided = True, time.monotonic()
 
     # ---- rules: people -----------------------------------------------------------------------------------------------
 
@@ -780,6 +792,7 @@ class Model(RuleBasedStateMachine):
         server = self.world.server
         if what == "kill":
             server.kill()
+            self.forget_decisions()
         else:
             server.stop()
         server.start()
@@ -793,6 +806,22 @@ class Model(RuleBasedStateMachine):
         for sid, session in self.world.sessions().items():
             fresh = session["status"] == "starting" and not self.world.starts(sid)
             need(session["status"] in ("stopped", "error") or fresh, f"{sid} is {session['status']} after a restart")
+
+    def forget_decisions(self) -> None:
+        """No answer to a dialog is acknowledged (stream.md 2.7), so one of just before may be gone with the server.
+
+        Then the message has to be held as before, and a person is asked about it again.
+        """
+        late = time.monotonic() - WRITTEN
+        for turn in self.turns:
+            if turn.discarded and turn.decided > late and turn.text in self.on_disk(turn.sid):
+                self.note(turn.tag, "is held again")
+                turn.discarded = False
+
+    def on_disk(self, sid: str) -> list[str]:
+        """The texts of the turns that the server holds for this session over its end."""
+        stored = json.loads((self.world.server.data / "turns" / f"{sid}.json").read_text("utf-8"))
+        return [turn["text"] for turn in stored["turns"] if turn["payload"] is not None]
 
     # ---- rest --------------------------------------------------------------------------------------------------------
 
