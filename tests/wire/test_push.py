@@ -259,6 +259,21 @@ class TestNobodyWaits:
         assert time.monotonic() - began < 5
 
 
+    def test_neither_does_apples_service(self, apple: tuple[Rig, Apple]) -> None:
+        rig, service = apple
+        service.answers.extend([(HANG, "")] * 20)
+        left_alone(rig)
+        service.wait()
+        chat, began = rig.chat("1.1"), time.monotonic()
+        for number in range(10):
+            chat.say(f"hello {number}")
+            chat.settled()
+        assert time.monotonic() - began < 5
+        began = time.monotonic()
+        rig.server.stop()
+        assert time.monotonic() - began < 5
+
+
 class TestTokens:
     def test_only_what_apple_could_have_given_out_is_kept(self, rig: Rig) -> None:
         phone = rig.phone()
