@@ -7242,12 +7242,13 @@ class Notifier:
         self._withdraw(active)
         there = [client for client in list(self.hub.clients) if self._attentive(client, now)]
         new = [key for key, since in self.seen.items() if key not in self.told and now - since >= PATIENCE_S]
-        for live in [] if there else active.values():
-            waiting = [wire for wire in asked if wire["sessionId"] == live.id]
+        for live in active.values():
+            waiting = [wire for wire in asked if wire["sessionId"] == live.id and not there]
+            shown = any(client.level(live.id) == "full" for client in there)  # a dialog, which no other phone gets
             fresh = [wire["id"] for wire in waiting if wire["id"] in new]
             if fresh:
                 self._tell(fresh, permission_note(waiting, self._name(live.id), self.settings()["push.detail"]))
-            for key in [key for key, owner in dialogs.items() if owner is live and key in new]:
+            for key in [key for key, owner in dialogs.items() if owner is live and key in new and not shown]:
                 self._tell([key], event_note("question", live.id, self._name(live.id), key))
         self._turns(ended, active, there)
         self._show_activity([live.record for live in active.values()], asked, now)
@@ -7276,10 +7277,10 @@ class Notifier:
     def _turns(self, ended: dict[str, str], active: Mapping[str, LiveSession], there: Sequence[Client]) -> None:
         """Tell that turns have ended, once they really have: pi may try again."""
         for session_id, kind in ended.items() if self.settings()["push.turns"] else ():
-            live = active.get(session_id)
-            if live and live.running:
+            live, looking = active.get(session_id), [client for client in there if client.level(session_id)]
+            if (live and live.running) or any(client.asked > client.heard for client in looking):  # not known yet
                 self.hub.ended.setdefault(session_id, kind)
-            elif not any(client.level(session_id) for client in there):
+            elif not looking:
                 self.send(event_note(kind, session_id, self._name(session_id)))
 
     def _show_activity(self, records: Sequence[Json], asked: Sequence[Json], now: float) -> None:
@@ -7328,7 +7329,7 @@ class Notifier:
             if status not in (0, 429, 500, 502, 503, 504) or late or attempt == self.tries - 1:
                 break
             await asyncio.sleep(pause)
-            if note is not None and note.kind == "permission" and note not in self.told.values():
+            if note is not None and note.kind in ("permission", "question") and note not in self.told.values():
                 break
         if not 200 <= status < 300:
             log("push", f"{note.kind if note else 'activity'} was not taken: {status} {text[:200]}")
@@ -7351,7 +7352,7 @@ class Notifier:
     async def by_apns(self, note: Note) -> tuple[int, str]:
         """(status, reason) of the phone that went worst."""
         headers = apns_headers(note, self.apns.config()["bundleId"])
-        found = [await self._to_phone(token, headers, note.payload, note=note) for token in self.push_tokens()]
+        found = await asyncio.gather(*(self._to_phone(t, headers, note.payload, note=note) for t in self.push_tokens()))
         return max(found, key=lambda each: (each[0] != 200, each[0]), default=(0, "no phone has registered for push"))
 
     async def _to_phone(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import oppi
 from tests.support.pushes import HANG, Apple, Told, Webhook, receiving
 from tests.support.server import Server
 
@@ -103,6 +106,15 @@ class TestWebhook:
         left_alone(rig)  # another one; told a second time, the first would come before it
         assert len({each.headers["click"] for each in webhook.wait(2)}) == 2
 
+    def test_a_dialog_is_told_though_a_phone_looks_at_another_session(self, hook: tuple[Rig, Webhook]) -> None:
+        rig, webhook = hook
+        rig.chat("1.0")
+        chat = rig.chat("1.1")
+        chat.say("!wait 300\n!dialog confirm")  # only phones that have this session open are shown it
+        chat.phone.unsubscribe(chat.sid)
+        [told] = webhook.wait()
+        assert told.headers["tags"] == "question" and told.headers["click"].endswith(chat.sid)
+
     def test_commands_are_shown_to_who_wants_that_but_not_the_grave_ones(self, hook: tuple[Rig, Webhook]) -> None:
         rig, webhook = hook
         set_key(rig, "push.detail", "true")
@@ -170,10 +182,17 @@ class TestApns:
         rig.phone().call("POST", "/me/device-token", {"deviceToken": OTHER.upper()})
         service.answers.append((status, reason))
         left_alone(rig)
-        service.wait(2)
-        eventually(lambda: json.loads((rig.server.data / "config.json").read_text())["pushDeviceTokens"] == [OTHER])
+        dead, alive = (told.path.rpartition("/")[2] for told in service.wait(2))  # the first is the one refused
+        eventually(lambda: json.loads((rig.server.data / "config.json").read_text())["pushDeviceTokens"] == [alive])
         left_alone(rig)
-        assert [told.path.rpartition("/")[2] for told in service.wait(3)] == [PHONE, OTHER, OTHER]
+        assert {dead, alive} == {PHONE, OTHER} and service.wait(3)[2].path.endswith(alive)
+
+    def test_a_phone_that_has_to_wait_keeps_no_other_waiting(self, apple: tuple[Rig, Apple]) -> None:
+        rig, service = apple
+        rig.phone().call("POST", "/me/device-token", {"deviceToken": OTHER})
+        service.answers.append((HANG, ""))
+        left_alone(rig)
+        assert {told.path.rpartition("/")[2] for told in service.wait(2, 8)} == {PHONE, OTHER}
 
     @pytest.mark.parametrize("status", [429, 500, 503])
     def test_what_it_cannot_take_now_is_sent_again(self, apple: tuple[Rig, Apple], status: int) -> None:
@@ -241,6 +260,55 @@ class TestApns:
         service.wait(3)
         assert OTHER not in {told.path.rpartition("/")[2] for told in service.told}
         assert OTHER not in (rig.server.data / "config.json").read_text()
+
+
+class Sleeper:
+    """A socket that is open, and of which nobody knows whether its phone is still there."""
+
+    open, heard, asked, dialect, principal = True, 0.0, 0.0, "1.1", "p"
+
+    def level(self, session_id: str) -> str:
+        return "full"
+
+    def deliver(self, *frame: Any) -> None:
+        """Whatever it is sent is lost."""
+
+    ping = deliver
+
+
+@pytest.mark.parametrize("awake", [False, True])
+def test_the_end_of_a_turn_is_told_to_whom_only_a_sleeping_phone_looks(monkeypatch: pytest.MonkeyPatch, awake: bool) -> None:
+    monkeypatch.setattr(oppi, "ATTENTION_S", 0.2)
+    settings, phone, hub = oppi.Settings({"push": {"webhook": "http://localhost/x"}}), Sleeper(), oppi.Hub()
+    hub.clients.add(phone)  # type: ignore[arg-type]
+    store: Any = types.SimpleNamespace(path=lambda name: f"/no/such/{name}", sessions={})
+    notifier, sent = oppi.Notifier(store, lambda: settings, lambda changes: None, hub, set), []
+    monkeypatch.setattr(notifier, "send", lambda note: sent.append(note.kind))
+    hub.publish({"type": "agent_end", "sessionId": "S1"})
+    notifier.look({}, {})
+    assert sent == []  # it is asked first
+    if awake:
+        phone.heard = time.monotonic()
+        notifier.look({}, {})
+    phone.asked, phone.heard = phone.asked - 1, phone.heard - 1
+    notifier.look({}, {})
+    assert sent == ([] if awake else ["ended"])
+
+
+@pytest.mark.parametrize("kind", ["permission", "question"])
+def test_what_was_answered_meanwhile_is_not_tried_again(kind: str) -> None:
+    store: Any = types.SimpleNamespace(path=lambda name: f"/no/such/{name}")
+    tries, note = [], oppi.Note("q", kind, "S1", {}, (10, 4))
+
+    async def refuse() -> tuple[int, str]:
+        tries.append(kind)
+        return 503, "later"
+
+    async def story() -> None:  # it is in no list of what was told and still waits
+        await oppi.Notifier(store, lambda: oppi.Settings({}), lambda changes: None, oppi.Hub(), set)._tries(refuse, note)
+
+    asyncio.run(story())
+    assert len(tries) == 1
 
 
 class TestNobodyWaits:
