@@ -3876,7 +3876,7 @@ class Note(NamedTuple):
 
 def note_text(text: Any) -> str:
     """A text that came from the model or a person, short and without anything invisible."""
-    plain = " ".join(visible(str(text)).split())
+    plain = " ".join(redact(str(text)).split())
     return plain if len(plain) <= NOTE_TEXT else plain[: NOTE_TEXT - 1] + "…"
 
 
@@ -3886,7 +3886,7 @@ def permission_note(asked: Sequence[Json], name: str, detail: bool) -> Note:
     risk = next((level for level in RISK_NOTES if level in risks), "")
     level, relevance, sound, *priority = RISK_NOTES[risk]
     shown = note_text(wire["displaySummary"])
-    summary = shown if detail and risk not in ("critical", "high") else REDACTED
+    summary = shown if detail and {*risks} <= {"low", "medium"} else REDACTED
     whole_text = len(asked) == 1 and summary == wire["displaySummary"]  # else nothing may be allowed from a locked screen
     tool = note_text(wire["tool"])
     body = f"{tool}: {summary}" if len(asked) == 1 else f"{len(asked)} requests wait. {REDACTED}"
@@ -8112,7 +8112,8 @@ class Api:
         token = str(given or "").lower()
         require(re.fullmatch(PUSH_TOKEN, token) or not adding, "deviceToken must be 32 to 200 hexadecimal digits")
         principal, live = self.admit(request), body.get("tokenType") == "liveactivity"
-        dialect = server.dialect_of(principal) if not principal.startswith("owner:") else ""  # that may be any app
+        kinds = {**{d["id"]: d["kind"] for d in server.access.devices}, **dict.fromkeys(server.access.moved, "moved")}
+        dialect = {"v2": "1.0", "v3": "1.1", "moved": "1.1"}.get(kinds.get(principal, ""), "")  # the owner may be any app
         if token or live:
             server.notifier.register(token, principal, dialect, live=live, adding=adding)
         return {"ok": True}

@@ -49,7 +49,9 @@ class TestPermission:
         assert note.priority == priority and note.expires == 1_800_000_000_999
         assert COMMAND not in json.dumps(note.payload) and aps["alert"]["body"] == f"bash: {TEXT}"
 
-    @pytest.mark.parametrize(("risk", "shown"), [("low", True), ("medium", True), ("high", False), ("critical", False)])
+    @pytest.mark.parametrize(
+        ("risk", "shown"), [("low", True), ("medium", True), ("high", False), ("critical", False), ("odd", False)]
+    )
     def test_details_are_a_choice_and_never_for_the_grave(self, risk: str, shown: bool) -> None:
         note = oppi.permission_note([wire(risk)], "Work", True)
         assert (COMMAND in note.payload["summary"]) == shown == (COMMAND in note.payload["aps"]["alert"]["body"])
@@ -58,6 +60,10 @@ class TestPermission:
     def test_only_what_is_shown_in_full_can_be_allowed_from_a_locked_screen(self, command: str, category: str) -> None:
         note = oppi.permission_note([wire("low", displaySummary=command)], "Work", True)
         assert note.payload["aps"]["category"] == category
+
+    def test_a_token_in_a_command_is_cut(self) -> None:
+        note = oppi.permission_note([wire("low", displaySummary="curl -H dt_canarycanarycanary")], "Work", True)
+        assert "canary" not in json.dumps(note.payload) and note.payload["aps"]["category"] == "PERMISSION_BIOMETRIC"
 
     def test_several_are_one_as_loud_as_the_gravest(self) -> None:
         note = oppi.permission_note([wire("critical", "a"), wire("low", "b")], "Work", True)
