@@ -8548,18 +8548,18 @@ class Api:
             client.subscriptions[client.session_id] = "full"  # from here on it misses nothing
             if live:
                 live.catch_up(client)
-            client.spawn(self._begin(client))
+            client.spawn(self._begin(client, list(self.server.approvals.pending)))
 
     def _connected(self, record: Json) -> Json:
         return {**_session_frame("connected", record), "currentSeq": self.server.sessions.seq(record["id"])}
 
-    async def _begin(self, client: Client) -> None:
-        """Start the session of a per-session socket.  After a failure the socket stays open, so that
-        the app does not reconnect and start again every second."""
+    async def _begin(self, client: Client, waiting: Sequence[str]) -> None:
+        """Start the session of a per-session socket and tell what was `waiting` for an answer when it connected; what
+        was asked since, it has heard.  After a failure it stays open, so that the app does not start again every second."""
         try:
             live = await self.server.sessions.start(client.session_id)
             client.deliver(_session_frame("state", live.record))
-            for pending in self.server.approvals.pending.values():
+            for pending in [self.server.approvals.pending[key] for key in waiting if key in self.server.approvals.pending]:
                 client.deliver(pending.wire)
             self._subscribe(client, live)
         except Exception as error:

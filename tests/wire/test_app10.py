@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.phone import CommandFailed
 
-from .rig import Rig, bash, kinds, rig_with, status_is
+from .rig import PUSH, Rig, bash, kinds, rig_with, status_is
 
 ONLY_11 = {"queue_state", "queue_item_started", "session_deleted", "command_result", "stream_connected", "git_status"}
 
@@ -134,6 +134,20 @@ class TestSlowStart:
             bootstrap = [kind for kind in phone.types(0) if kind not in ("turn_ack", "rpc_result")]  # held at once
             assert bootstrap[:2] == ["connected", "state"]
             assert phone.wait(status_is("ready"))["session"].get("name") in (None, "early")
+
+    def test_a_question_that_comes_meanwhile_is_told_once(self, tmp_path: Path) -> None:
+        """The app may have answered it before it would see it again, and nobody would then take that back."""
+        with rig_with(tmp_path, fake={"START_DELAY": "0.5"}) as rig:
+            asking = rig.chat("1.1")
+            wid, sid = rig.session()
+            phone = rig.phone("1.0")
+            phone.open_session(wid, sid)
+            asking.say(bash(PUSH))
+            phone.wait("permission_request", since=0)
+            assert "state" not in phone.types(0), "the session has not begun yet"
+            phone.wait("state", since=0)
+            phone.command("get_session_stats", sid)
+            assert phone.types(0).count("permission_request") == 1
 
     def test_a_failed_start_keeps_the_socket(self, tmp_path: Path) -> None:
         with rig_with(tmp_path) as rig:
