@@ -6291,8 +6291,9 @@ class LiveSession:
             if self.modern:
                 cleared = obj(await self.pi.request({"type": "clear_queue"}))
                 return [text for name in ("steering", "followUp") for text in arr(cleared.get(name))]
-            if os.path.exists(path):  # or it would begin another conversation
-                await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
+            if not os.path.exists(path):  # it would begin another conversation; and what it has begun to play is not known
+                raise PiFailed("pi keeps its queue")
+            await self.pi.request({"type": "switch_session", "sessionPath": path}, START_LIMIT_S)
             state = await self.pi.request({"type": "get_state"})
             if state.get("pendingMessageCount"):
                 raise PiFailed("pi keeps its queue")
