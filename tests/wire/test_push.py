@@ -312,23 +312,8 @@ def test_what_was_answered_meanwhile_is_not_tried_again(kind: str) -> None:
 
 
 class TestNobodyWaits:
-    def test_a_route_that_hangs_slows_no_session(self, hook: tuple[Rig, Webhook]) -> None:
-        rig, webhook = hook
-        webhook.answers.extend([(HANG, "")] * 20)
-        left_alone(rig)
-        webhook.wait()
-        chat, began = rig.chat("1.1"), time.monotonic()
-        for number in range(10):
-            chat.say(f"hello {number}")
-            chat.settled()
-        assert time.monotonic() - began < 5
-        began = time.monotonic()
-        rig.server.stop()
-        assert time.monotonic() - began < 5
-
-
-    def test_neither_does_apples_service(self, apple: tuple[Rig, Apple]) -> None:
-        rig, service = apple
+    def unhindered(self, rig: Rig, service: Apple | Webhook) -> None:
+        """Turns, and the end of the server, take no longer while everything that is sent hangs."""
         service.answers.extend([(HANG, "")] * 20)
         left_alone(rig)
         service.wait()
@@ -340,6 +325,12 @@ class TestNobodyWaits:
         began = time.monotonic()
         rig.server.stop()
         assert time.monotonic() - began < 5
+
+    def test_a_route_that_hangs_slows_no_session(self, hook: tuple[Rig, Webhook]) -> None:
+        self.unhindered(*hook)
+
+    def test_neither_does_apples_service(self, apple: tuple[Rig, Apple]) -> None:
+        self.unhindered(*apple)
 
 
 class TestTokens:
