@@ -326,7 +326,7 @@ KEYS = (
     Key("maxSessionsPerWorkspace", "int", 20, 1, help="running sessions in one workspace"),
     Key("maxSessionsGlobal", "int", 40, 1, help="running sessions in all"),
     Key("approvalTimeoutMs", "int", 120_000, 0, help="how long the phone may take to answer (0 = for ever)"),
-    Key("security.profile", "choice", PROFILES[0], choices=PROFILES, help="strict: plain HTTP on loopback and tailnet only, and more; see docs/operations.md"),
+    Key("security.profile", "choice", PROFILES[0], choices=PROFILES, help="who may connect, and for how long"),
     Key("security.requireTlsOutsideTailnet", "bool", True, help="app 1.0 refuses plain http on public hosts"),
     Key("security.allowInsecureHttpInTailnet", "bool", True, help="app 1.0 allows plain http in a tailnet"),
     Key("security.requirePinnedServerIdentity", "bool", True, help="app 1.0 refuses a changed fingerprint"),
