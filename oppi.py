@@ -5318,21 +5318,21 @@ LIFE: dict[str, dict[str, Step]] = {
     },
     "busy": {
         "settle": Step("ready", ("tell_failure", "turn_over", "play_queue", "tell_state")),
-        "stop": Step("aborting", ("request_stop", "tell_state", "drop_dialogs", "abort", "wait_long")),
-        "end": Step("quitting", ("request_stop", "tell_state", "drop_dialogs", "abort")),
+        "stop": Step("aborting", ("request_stop", "tell_state", "abort", "drop_dialogs", "wait_long")),
+        "end": Step("quitting", ("request_stop", "tell_state", "abort", "drop_dialogs")),
         "exit": DIED,
         "trip": KILLED,
     },
     "aborting": {
         "settle": Step("ready", ("turn_over", "drop_queue", "confirm_stop", "tell_state")),
-        "end": Step("quitting", ("drop_dialogs", "abort")),
+        "end": Step("quitting", ("abort", "drop_dialogs")),
         "late": Step("insisting", ("insist", "wait_little")),
         "exit": DIED_IN_STOP,
         "trip": KILLED,
     },
     "insisting": {
         "settle": Step("ready", ("turn_over", "drop_queue", "confirm_stop", "tell_state")),
-        "end": Step("quitting", ("drop_dialogs", "abort")),
+        "end": Step("quitting", ("abort", "drop_dialogs")),
         "late": Step("busy", ("tell_state", "give_up")),
         "exit": DIED_IN_STOP,
         "trip": KILLED,
@@ -5990,6 +5990,11 @@ class LiveSession:
                 self.finished[str(event.get("toolCallId"))] = self.log.seq, event
 
     def _on_agent_start(self, event: Json) -> None:
+        if "settle" in self._timers:
+            if not self.taken.is_set():  # the run of a prompt that had been handed over before the last one ended
+                self.idle()
+            elif self.state not in STOPPING:
+                self.free.set()
         self._cancel_timer("settle")
         self.taken.set()
         self.step("begin")  # while one is under way: another attempt of the same turn
@@ -6014,7 +6019,9 @@ class LiveSession:
             self._settle_soon()
 
     def _settle_soon(self) -> None:
+        """The run is over unless pi says otherwise at once; a prompt now could go before what waits in pi's queue."""
         self._cancel_timer("settle")
+        self.free.clear()
         self._timers["settle"] = asyncio.get_running_loop().call_later(SETTLE_S, self.idle)
 
     def _cancel_timer(self, name: str) -> None:
@@ -6210,7 +6217,9 @@ class LiveSession:
             item = await self.turns.first()
             async with self.lane:
                 await self.free.wait()
-                self.turns.line.remove(item)  # no longer the first if `again` was called meanwhile
+                if item is not self.turns.line[0]:  # `again` has put others in front
+                    continue
+                self.turns.line.popleft()
                 turn = self.turns.book.turns.get(item.turn_id)
                 if turn is None or turn.payload is None:  # it could not be stored
                     continue

@@ -328,12 +328,15 @@ class TestTurns:
     def test_what_waits_behind_a_turn_that_fails_is_played_and_behind_a_stopped_one_not(self, both: Rig, ending: str) -> None:
         chat = both.chat()
         chat.play("!say warm")
-        chat.say("!wait 200\n!error 400 no" if ending == "fails" else BUSY)
+        chat.say("!dialog confirm\n!error 400 no")
+        dialog = chat.phone.wait("extension_ui_request")["id"]
         for kind, text in (("prompt", "one"), ("steer", "two"), ("follow_up", "three")):
             chat.phone.prompt(chat.sid, text, f"{text} {chat.sid}", kind=kind)
         if ending == "is stopped":
             chat.phone.send("stop", sessionId=chat.sid)
         chat.phone.prompt(chat.sid, "last", f"last {chat.sid}")
+        if ending == "fails":
+            chat.phone.answer_dialog(dialog, chat.sid, confirmed=True)
         chat.phone.wait("message_end", role="assistant", content="ok: last")
         chat.settled()
         said = [f["content"] for f in chat.phone.frames if f["type"] == "message_end" and f["role"] == "user"]
@@ -341,6 +344,24 @@ class TestTurns:
         assert said[2:] == wanted
         queue = chat.phone.command("get_queue", chat.sid)["data"]
         assert (queue["steering"], queue["followUp"]) == ([], [])
+
+    def test_what_comes_while_a_queue_is_handed_over_anew_comes_behind_it(self, both: Rig) -> None:
+        chat = both.chat()
+        chat.play("!say warm")
+        for turn in range(8):
+            texts = [f"{text} {turn}" for text in ("one", "two", "three")]
+            start = chat.phone.mark()
+            chat.say("!dialog confirm\n!error 400 no")
+            dialog = chat.phone.wait("extension_ui_request")["id"]
+            for text in texts[:2]:
+                chat.phone.prompt(chat.sid, text, kind="follow_up")
+            chat.phone.answer_dialog(dialog, chat.sid, confirmed=True)
+            chat.phone.wait("error", since=start)
+            chat.phone.prompt(chat.sid, texts[2])
+            chat.phone.wait("message_end", role="assistant", content=f"ok: {texts[2]}", since=start)
+            chat.phone.wait(status_is("ready"), since=len(chat.phone.frames) - 1)
+            said = [f["content"] for f in chat.phone.since(start) if f["type"] == "message_end" and f["role"] == "user"]
+            assert said[1:] == texts
 
     def test_a_failed_answer_is_an_error_and_the_session_goes_on(self, both: Rig) -> None:
         chat = both.chat()
