@@ -186,3 +186,10 @@ def test_a_broken_extension_is_named_when_the_session_does_not_start(shared: Pla
         status, body = phone.request("POST", f"/workspaces/{chat.wid}/sessions/{chat.sid}/resume", {})
         assert status >= 400 and "broken" in body["error"]
         assert not shared.running("broken")
+
+
+def test_no_copy_of_the_gate_lies_where_an_agent_can_change_it(chat: Chat) -> None:
+    """pi would load a cached copy instead of the gate: whoever writes one there has no gate any more."""
+    chat.turn("!say hello")
+    temporary = chat.server.folder  # its TMPDIR
+    assert not [path for name in ("jiti", "node-compile-cache") for path in (temporary / name).rglob("*") if path.is_file()]
