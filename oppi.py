@@ -5059,30 +5059,6 @@ class PiInfo:
         return int(exact[0]["contextWindow"]) if exact else context_window(model)
 
 
-# ── Credential proxy (stub) ──
-class Grant(NamedTuple):
-    auth: Json
-    models: Json
-    warnings: list[str]
-
-
-class CredentialProxy:
-    def __init__(self, agent_dir: str, environment: Callable[[], dict[str, str]], say: Callable[[str], None]) -> None:
-        self.bridges: dict[int, int] = {}
-
-    async def admit(self, subnet: str, gateway: str) -> None:
-        pass
-
-    def grant(self, session_id: str, gateway: str) -> Grant:
-        return Grant({}, {}, [])
-
-    def revoke(self, session_id: str) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
-
-
 # ── Apple containers ──
 # One container (a small virtual machine) for each workspace that asks for one, shared by its sessions, made when the
 # first of them starts and stopped when none is left for a while.  It sees four folders: the workspace's own (/work), its
