@@ -164,6 +164,7 @@ INVISIBLE = (
     "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
 TOKEN_TEXT = r"\b(sk|dt|pt)_[A-Za-z0-9_-]{8,}"
+ONCE = ("host", "content-length", "authorization", "transfer-encoding", "origin")  # headers nobody may repeat
 SURROGATE = "[\ud800-\udfff]"
 
 
@@ -274,6 +275,21 @@ def visible(text: str) -> str:
 def redact(text: str) -> str:
     """Text for a log: tokens are cut to their prefix, invisible characters made visible."""
     return re.sub(TOKEN_TEXT, r"\1_[redacted]", visible(text))
+
+
+def split_head(head: bytes) -> tuple[str, list[tuple[str, str]]]:
+    """First line, and (name in small letters, value) of each field, of an HTTP head.  Raises BadRequest."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    fields: list[tuple[str, str]] = []
+    for line in lines:
+        field = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
+        if not field:
+            raise BadRequest("Malformed header")
+        fields.append((field.group(1).lower(), field.group(2).strip(" \t")))
+    names = [name for name, _ in fields]
+    for name in ONCE:
+        require(names.count(name) < 2, f"Repeated header: {name}")
+    return first, fields
 
 
 def encode_in_parts(value: Any) -> bytes:
@@ -4000,10 +4016,11 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import socket
+    import ssl
     import subprocess
 else:
-    argparse, asyncio, shutil, signal, socket, subprocess = map(
-        _Lazy, ("argparse", "asyncio", "shutil", "signal", "socket", "subprocess")
+    argparse, asyncio, shutil, signal, socket, ssl, subprocess = map(
+        _Lazy, ("argparse", "asyncio", "shutil", "signal", "socket", "ssl", "subprocess")
     )
 
 
@@ -5059,6 +5076,638 @@ class PiInfo:
         return int(exact[0]["contextWindow"]) if exact else context_window(model)
 
 
+# ── Credential proxy ──
+# No credential enters a container: pi inside has a stub for each provider, and this proxy as the provider's address.  A request
+# that comes from the container's network with the secret of a living session goes on to the one place its route leads to, what
+# pi would have sent on the host put where the stub was.  Every other path, method, host and framing is refused.  The secret dies
+# with the session, and only its hash is kept.  Nothing of a header or a body is ever logged.
+
+APIS = {  # pi's name of an API -> what it posts to below the base URL
+    "anthropic-messages": "/v1/messages",
+    "openai-completions": "/chat/completions",
+    "openai-responses": "/responses",
+    "openai-codex-responses": "/codex/responses",
+    "azure-openai-responses": "/responses",
+    "google-generative-ai": r"/models/[\w.@-]+:streamGenerateContent",
+    "mistral-conversations": "/v1/chat/completions",
+}
+# pi's own providers: variables of the key, host, path for the APIs (by one letter each, in the order above).  What has no host
+# needs more than a base URL and a key.
+BUILT_IN = """
+ant-ling ANT_LING_API_KEY api.ant-ling.com c=/v1
+anthropic ANTHROPIC_AUTH_TOKEN,ANTHROPIC_OAUTH_TOKEN,ANTHROPIC_API_KEY api.anthropic.com a=
+baseten BASETEN_API_KEY inference.baseten.co c=/v1 ; cerebras CEREBRAS_API_KEY api.cerebras.ai c=/v1
+deepseek DEEPSEEK_API_KEY api.deepseek.com c= ; fireworks FIREWORKS_API_KEY api.fireworks.ai a=/inference c=/inference/v1
+google GEMINI_API_KEY generativelanguage.googleapis.com g=/v1beta ; groq GROQ_API_KEY api.groq.com c=/openai/v1
+huggingface HF_TOKEN router.huggingface.co c=/v1 ; kimi-coding KIMI_API_KEY api.kimi.com a=/coding
+meta META_API_KEY api.meta.ai r=/v1 ; minimax MINIMAX_API_KEY api.minimax.io a=/anthropic
+minimax-cn MINIMAX_CN_API_KEY api.minimaxi.com a=/anthropic ; mistral MISTRAL_API_KEY api.mistral.ai m=
+moonshotai MOONSHOT_API_KEY api.moonshot.ai c=/v1 ; moonshotai-cn MOONSHOT_API_KEY api.moonshot.cn c=/v1
+nvidia NVIDIA_API_KEY integrate.api.nvidia.com c=/v1 ; openai OPENAI_API_KEY api.openai.com r=/v1
+openai-codex - chatgpt.com x=/backend-api ; opencode OPENCODE_API_KEY opencode.ai a=/zen crg=/zen/v1
+opencode-go OPENCODE_API_KEY opencode.ai a=/zen/go cr=/zen/go/v1 ; openrouter OPENROUTER_API_KEY openrouter.ai a=/api c=/api/v1
+qwen-token-plan QWEN_TOKEN_PLAN_API_KEY token-plan.ap-southeast-1.maas.aliyuncs.com c=/compatible-mode/v1
+qwen-token-plan-cn QWEN_TOKEN_PLAN_CN_API_KEY token-plan.cn-beijing.maas.aliyuncs.com c=/compatible-mode/v1
+qwen-token-plan-individual QWEN_TOKEN_PLAN_API_KEY token-plan.ap-southeast-1.maas.aliyuncs.com c=/compatible-mode/v1
+together TOGETHER_API_KEY api.together.ai c=/v1 ; vercel-ai-gateway AI_GATEWAY_API_KEY ai-gateway.vercel.sh a=
+xai XAI_API_KEY api.x.ai cr=/v1 ; xiaomi XIAOMI_API_KEY api.xiaomimimo.com a=/anthropic c=/v1
+xiaomi-token-plan-ams XIAOMI_TOKEN_PLAN_AMS_API_KEY token-plan-ams.xiaomimimo.com a=/anthropic c=/v1
+xiaomi-token-plan-cn XIAOMI_TOKEN_PLAN_CN_API_KEY token-plan-cn.xiaomimimo.com a=/anthropic c=/v1
+xiaomi-token-plan-sgp XIAOMI_TOKEN_PLAN_SGP_API_KEY token-plan-sgp.xiaomimimo.com a=/anthropic c=/v1
+zai ZAI_API_KEY api.z.ai c=/api/coding/paas/v4 ; zai-coding-cn ZAI_CODING_CN_API_KEY open.bigmodel.cn c=/api/coding/paas/v4
+amazon-bedrock AWS_BEARER_TOKEN_BEDROCK ; azure-openai-responses AZURE_OPENAI_API_KEY ; cloudflare-ai-gateway CLOUDFLARE_API_KEY
+cloudflare-workers-ai CLOUDFLARE_API_KEY ; github-copilot COPILOT_GITHUB_TOKEN ; google-vertex GOOGLE_CLOUD_API_KEY
+radius RADIUS_API_KEY
+"""
+REFRESHERS = {  # logins that are renewed here: where, pi's client there, whether as a form, ms kept in reserve
+    "anthropic": ("https://platform.claude.com/v1/oauth/token", "9d1c250a-e61b-44d9-88ed-5944d1962f5e", False, 300_000),
+    "kimi-coding": ("https://auth.kimi.com/api/oauth/token", "17e5f671-d194-4dfb-9706-5516cb48c098", True, 0),
+    "openai-codex": ("https://auth.openai.com/oauth/token", "app_EMoamEEZ73f0CkXaXp7hrann", True, 0),
+    "xai": ("https://auth.x.ai/oauth2/token", "b1a00492-073a-47ea-816f-4c329264a828", True, 300_000),
+}
+SHOWN_INSIDE = ("id name api authHeader compat reasoning thinkingLevelMap input inputLimits cost promptCache contextWindow "
+                "maxTokens samplingParams").split()  # of a provider or a model in models.json
+CARRIERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")  # headers in which pi sends a key
+DROPPED = ("host connection keep-alive upgrade te trailer expect cookie set-cookie content-length proxy-authorization "
+           "proxy-connection").split()  # headers of one connection, and what is nobody's business
+STUB = regex(r"(oppi-[A-Za-z0-9_-]{43})(?:\.(\d{1,4}))?")  # a secret, or one with the number of a header of models.json
+VARIABLE = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+FOREVER = 4_102_444_800_000  # ms: the year 2100
+PROXY_PORT = 7751
+PROXY_HEAD, PROXY_BODY = 32 * 1024, 64 * 1024 * 1024  # bytes
+PROXY_HEAD_S, PROXY_CONNECT_S, PROXY_ANSWER_S = 10.0, 20.0, 3600.0
+SESSION_REQUESTS, PEER_CONNECTIONS = 16, 64  # at once
+REFRESH_EARLY_MS, COMMAND_AGE_S = 60_000, 300.0
+LOCK_STALE_S, LOCK_BEAT_S = 30.0, 2.0  # some of pi's readers call a lock stale after 10 s already
+
+
+class Refused(OppiError):
+    """What the proxy answers itself."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Grant(NamedTuple):
+    """The auth.json and models.json for inside, and a sentence for each provider that cannot be had there."""
+
+    auth: Json
+    models: Json
+    warnings: list[str]
+
+
+class Route(NamedTuple):
+    """Where a prefix leads: base URL for each API; key and headers as they stand in the host's models.json."""
+
+    provider: str
+    bases: dict[str, str]
+    key: Any
+    headers: dict[str | None, tuple[str, Any]]  # by the number in their stub
+
+
+class Guest(NamedTuple):
+    """A session as the proxy knows it, its routes by their prefix `/<provider>/<host>`."""
+
+    door: Door
+    hash: str
+    routes: dict[str, Route]
+    requests: set[asyncio.Task[Any]]
+
+
+@functools.lru_cache(1)
+def built_in() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Provider -> variables of its key, base URL for each API."""
+    found, apis = {}, dict(zip("acrxzgm", APIS))
+    for name, variables, *place in map(str.split, re.split("[;\n]", BUILT_IN.strip())):
+        pairs = [(letter, path) for letters, _, path in (item.partition("=") for item in place[1:]) for letter in letters]
+        found[name] = (variables.split(","), {apis[letter]: f"https://{place[0]}{path}" for letter, path in pairs})
+    return found
+
+
+def plain_value(raw: Any, env: Mapping[str, str]) -> str:
+    """A key or header of pi's files that is not a command: a variable's name (pi 0.73), or text with $NAME, ${NAME}, $$ and $!.
+    "" for what is not set."""
+    if not isinstance(raw, str) or raw in env:
+        return env.get(raw, "") if isinstance(raw, str) else ""
+    if not all(found[1] or env.get(found[2] or found[3]) for found in VARIABLE.finditer(raw)):
+        return ""
+    return VARIABLE.sub(lambda found: found[1] or env[found[2] or found[3]], raw)
+
+
+@functools.lru_cache(1)
+def trusted() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+class Door:
+    """A port at the gateway of a network that only containers of that network may use."""
+
+    def __init__(self, gateway: str, network: Any, port: int, serve: Callable[[Door, socket.socket], Any]) -> None:
+        self.gateway, self.network, self.serve = gateway, network, serve
+        self.callers: dict[asyncio.Task[None], str] = {}
+        try:
+            self.socket = socket.create_server((gateway, port))
+        except OSError:  # the port is taken, or the address is gone: then this raises, too
+            self.socket = socket.create_server((gateway, 0))
+        self.socket.setblocking(False)
+        self.port = int(self.socket.getsockname()[1])
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.socket.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self.socket, self._accept)
+
+    def _accept(self) -> None:
+        """Let a container in; whoever else calls is dropped before a byte is read."""
+        try:
+            caller, (peer, _) = self.socket.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError:  # no descriptor is free
+            asyncio.get_running_loop().remove_reader(self.socket)
+            asyncio.get_running_loop().call_later(1, self._watch)
+            return
+        many = sum(peer == other for other in self.callers.values()) >= PEER_CONNECTIONS
+        if many or peer == self.gateway or _address(peer) not in self.network:
+            caller.close()
+            return
+        task = asyncio.ensure_future(self.serve(self, caller))
+        self.callers[task] = peer
+        task.add_done_callback(self.callers.pop)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.socket)
+        self.socket.close()
+        for task in self.callers:
+            task.cancel()
+
+
+async def copy_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter | None = None) -> None:
+    """Until its end; to nowhere without a writer."""
+    while data := await reader.read(CHUNK):
+        if writer:
+            writer.write(data)
+            await writer.drain()
+
+
+async def first_of(*work: Any) -> Any:
+    """What the first of these gives or raises; the others are cancelled, as all are when this is."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task.done()).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def next_head(reader: asyncio.StreamReader) -> tuple[str, list[tuple[str, str]]]:
+    """First line and fields of an HTTP message.  Raises EOFError, BadRequest, Refused."""
+    try:
+        return split_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
+    except asyncio.LimitOverrunError:
+        raise Refused(431, "Header too large") from None
+
+
+class Offer:
+    """Reads what the host has of each provider, and writes the grant."""
+
+    def __init__(self, guest: Guest, secret: str, bridge: Callable[[str, int], int]) -> None:
+        self.guest, self.secret, self.bridge = guest, secret, bridge
+        self.grant = Grant({}, {"providers": {}}, [])
+
+    def add(self, name: str, entry: Json, config: Json, env: Mapping[str, str]) -> None:
+        """A provider with its entries in auth.json and models.json: behind the proxy, as it is, or as a warning."""
+        variables, own = built_in().get(name, ([], {}))
+        raw = entry.get("key") or config.get("apiKey") or next(filter(None, map(env.get, variables)), "")
+        login, keyed = entry.get("type") == "oauth", bool(entry or raw)
+        apis = [*own, *(part.get("api") for part in (config, *map(obj, arr(config.get("models")))))]
+        fallback = config.get("baseUrl") or next(iter(own.values()), "")
+        bases = {api: config.get("baseUrl") or own.get(api) or fallback for api in apis if api in APIS}
+        try:
+            if "oauth" in config or keyed and not any(bases.values()):
+                raise ValueError("pi does not reach it with a key over a base URL")
+            if login and name not in REFRESHERS and entry.get("expires", 0) <= now_ms():
+                raise ValueError("its login has expired, and only pi itself can renew it")
+            inside = self._provider(Route(name, bases, config.get("apiKey"), {}), config, keyed)
+        except ValueError as error:
+            self.grant.warnings.append(f"{name} cannot be used in a container: {error}.")
+            return
+        if keyed:
+            stub = self._stub(name, login or "sk-ant-oat" in plain_value(raw, env))
+            stored = {"access": stub, "refresh": "none", "expires": FOREVER} if login else {"key": stub}
+            self.grant.auth[name] = {"type": "oauth" if login else "api_key", **stored}
+        if name not in built_in():  # then pi asks for a key here, too
+            inside["apiKey"] = self.secret if keyed else "none"
+        if inside:
+            self.grant.models["providers"][name] = inside
+
+    def _stub(self, name: str, login: bool) -> str:
+        """The secret in the shape by which pi tells how to send it."""
+        import base64
+
+        if name != "openai-codex":
+            return "sk-ant-oat01-" * (name == "anthropic" and login) + self.secret
+        claims = {"alg": "none"}, {"https://api.openai.com/auth": {"chatgpt_account_id": "oppi"}}
+        return ".".join([*(base64.b64encode(encode(part)).decode().rstrip("=") for part in claims), self.secret])
+
+    def _provider(self, route: Route, config: Json, keyed: bool) -> Json:
+        """The entry of models.json for inside.  Raises ValueError for an address that cannot be used."""
+        inside = self._fields(route, config)
+        models = [obj(model) for model in arr(config.get("models"))]
+        if models:
+            inside["models"] = [self._fields(route, model) for model in models]
+        if overrides := obj(config.get("modelOverrides")):
+            inside["modelOverrides"] = {name: self._fields(route, obj(it)) for name, it in overrides.items()}
+        keyed = keyed or bool(route.headers)
+        if keyed or config.get("baseUrl"):
+            inside["baseUrl"] = self._address(route, keyed)
+        for model, shown in zip(models, inside.get("models", ())):
+            if "baseUrl" in model:
+                apis = (model.get("api"), config.get("api"), *route.bases)
+                bases = {next((api for api in apis if api in APIS), ""): model["baseUrl"]}
+                shown["baseUrl"] = self._address(route._replace(bases=bases), keyed)
+        return inside
+
+    def _fields(self, route: Route, source: Json) -> Json:
+        """The harmless fields of a provider or model, and its headers with their values left on the host."""
+        shown = {name: source[name] for name in SHOWN_INSIDE if name in source}
+        for name, raw in obj(source.get("headers")).items():
+            shown.setdefault("headers", {})[name] = f"{self.secret}.{len(route.headers)}"
+            route.headers[str(len(route.headers))] = (name.lower(), raw)
+        return shown
+
+    def _address(self, route: Route, keyed: bool) -> str:
+        """The base URL for inside.  The host stays in it, for pi tells by it what a server can do.  Raises ValueError."""
+        import urllib.parse
+
+        bases = {APIS.get(api, ""): str(url).rstrip("/") for api, url in route.bases.items()}
+        url = next(iter(bases.values()), "")
+        if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[!-~]*)?", url) or re.search("[?#]", url):
+            raise ValueError("its address is not plain http or https")
+        parts, gateway, routes = urllib.parse.urlsplit(url), self.guest.door.gateway, self.guest.routes
+        if keyed:
+            slug = re.sub(r"[^A-Za-z0-9._-]", "-", route.provider)
+            while (prefix := f"/{slug}/{parts.netloc}") in routes:
+                slug += "~"
+            routes[prefix] = route._replace(bases=bases)
+            return f"http://{gateway}:{self.guest.door.port}{prefix}"
+        if parts.hostname not in LOCAL_HOSTS:
+            return url
+        if parts.scheme != "http":
+            raise ValueError("a server on this host is reached by plain http only")
+        return f"http://{gateway}:{self.bridge(str(parts.hostname), parts.port or 80)}{parts.path}"
+
+
+@contextlib.asynccontextmanager
+async def pi_lock(path: str) -> Any:
+    """pi's own lock of a file: a folder beside it whose time the holder keeps fresh.  Raises OSError, Unavailable."""
+    lock, until = path + ".lock", time.monotonic() + LOCK_STALE_S + 5
+    for attempt in itertools.count():
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(lock)
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(lock).st_mtime < time.time() - LOCK_STALE_S:
+                os.rmdir(lock)
+                continue
+        if time.monotonic() > until:
+            raise Unavailable("pi keeps auth.json locked")
+        await asyncio.sleep(min(0.01 * 2**attempt, 0.5))
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(LOCK_BEAT_S)
+            os.utime(lock)
+
+    beating = asyncio.ensure_future(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
+        with contextlib.suppress(OSError):
+            os.rmdir(lock)
+
+
+def renewed(provider: str, entry: Json) -> Json:
+    """A login with new tokens; blocks.  Raises OSError, ValueError, KeyError."""
+    import urllib.parse
+    import urllib.request
+
+    url, client, form, reserve = REFRESHERS[provider]
+    fields = {"grant_type": "refresh_token", "client_id": client, "refresh_token": entry["refresh"]}
+    kind, data = ("x-www-form-urlencoded", urllib.parse.urlencode(fields).encode()) if form else ("json", encode(fields))
+    headers = {"Content-Type": f"application/{kind}", "Accept": "application/json", "User-Agent": "oppi"}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=15) as answer:
+        got = parse_json(answer.read(1024 * 1024))
+    fresh = {"access": got["access_token"], "refresh": got.get("refresh_token") or entry["refresh"]}
+    return {**entry, **fresh, "expires": now_ms() + int(got.get("expires_in") or 3600) * 1000 - reserve}
+
+
+class CredentialProxy:
+    """The proxy of all sessions in containers.  `environment` is where keys are looked up and `!command` keys run."""
+
+    def __init__(self, agent_dir: str, environment: Callable[[], dict[str, str]], say: Callable[[str], None]) -> None:
+        self.auth_file, self.models_file = (os.path.join(agent_dir, name) for name in ("auth.json", "models.json"))
+        self.environment, self.say, self.port = environment, say, PROXY_PORT
+        self.doors: dict[str, Door] = {}  # by gateway
+        self.bridges: dict[tuple[str, str, int], tuple[Door, set[str]]] = {}  # gateway, host and port; sessions that use it
+        self.guests: dict[str, Guest] = {}
+        self.refreshing: dict[str, asyncio.Task[None]] = {}
+        self.outputs: dict[str, tuple[float, asyncio.Task[Any]]] = {}  # of `!command` keys, and until when they hold
+        self._logins: Json = {}
+
+    async def open(self, port: int) -> None:
+        """The port to use (0: any).  It is opened at each gateway by `admit`: such an address exists while a container runs."""
+        self.port = port
+
+    async def admit(self, subnet: str, gateway: str) -> None:
+        """Listen at a network's gateway, for its containers alone.  Raises OSError."""
+        import ipaddress
+
+        old = self.doors.get(gateway)
+        if old and any(guest.door is old for guest in self.guests.values()):
+            return  # the network is in use, so its address never went
+        if old:
+            old.close()
+        network, port = ipaddress.ip_network(subnet, strict=False), old.port if old else self.port
+        self.doors[gateway] = Door(gateway, network, port, self._serve)
+
+    def grant(self, session_id: str, gateway: str) -> Grant:
+        """A session's new secret, and files for inside from what the host has now.  Raises NotFound before `admit`, OSError."""
+        import secrets
+
+        self.revoke(session_id)
+        secret = "oppi-" + secrets.token_urlsafe(32)
+        guest = Guest(existing(self.doors.get(gateway), "The container's network is not known"), token_hash(secret), {}, set())
+        offer = Offer(guest, secret, functools.partial(self.bridge, session_id, guest.door))
+        logins, env, configs = self._auth(), self.environment(), {}
+        try:
+            configs = self._models()
+        except ValueError:
+            offer.grant.warnings.append("models.json cannot be read: its providers cannot be used in a container.")
+        have = [name for name, (variables, _) in built_in().items() if any(map(env.get, variables))]
+        for name in dict.fromkeys([*logins, *configs, *have]):
+            offer.add(name, obj(logins.get(name)), obj(configs.get(name)), env)
+        self.guests[session_id] = guest
+        return offer.grant
+
+    def inhabits(self, peer: str) -> bool:
+        """Whether an address is that of a container."""
+        return any(peer != door.gateway and _address(peer) in door.network for door in self.doors.values())
+
+    def _models(self) -> Json:
+        """The providers of models.json, in which pi allows comments and commas too many.  Raises ValueError."""
+        text = "{}"
+        with contextlib.suppress(OSError):
+            text = read_file(self.models_file).decode("utf-8-sig")
+        for too_much in (r"//[^\n]*()", r",(\s*[}\]])"):
+            text = re.sub(rf'("(?:\\.|[^"\\])*")|{too_much}', lambda found: found[1] or found[2], text)
+        return obj(obj(parse_json(text)).get("providers"))
+
+    def _read_auth(self) -> Json:
+        return obj(parse_json(read_file(self.auth_file).decode("utf-8-sig")))
+
+    def _auth(self) -> Json:
+        """auth.json as it last could be read: pi does not write it in one go."""
+        try:
+            self._logins = self._read_auth()
+        except FileNotFoundError:
+            self._logins = {}
+        except (OSError, ValueError):
+            pass
+        return self._logins
+
+    def revoke(self, session_id: str) -> None:
+        """End a session's secret, its requests, and the bridges that only it used."""
+        if guest := self.guests.pop(session_id, None):
+            for task in guest.requests:
+                task.cancel()
+        for key, (door, users) in list(self.bridges.items()):
+            users.discard(session_id)
+            if not users:
+                self.bridges.pop(key)
+                door.close()
+
+    def bridge(self, session_id: str, door: Door, host: str, port: int) -> int:
+        """The port at a gateway from which bytes go to a server on this host.  Raises OSError."""
+
+        async def serve(_: Door, caller: socket.socket) -> None:
+            with contextlib.suppress(OSError, asyncio.CancelledError), contextlib.ExitStack() as stack:
+                reader, writer = await asyncio.open_connection(sock=caller)
+                stack.callback(writer.close)
+                there, back = await asyncio.open_connection(host, port)
+                stack.callback(back.close)
+                await first_of(copy_bytes(there, writer), copy_bytes(reader, back))
+
+        key = (door.gateway, host, port)
+        if key not in self.bridges:
+            self.bridges[key] = (Door(door.gateway, door.network, port, serve), set())
+        self.bridges[key][1].add(session_id)
+        return self.bridges[key][0].port
+
+    async def close(self) -> None:
+        """End it all, but see that a login that is being renewed is stored."""
+        for session_id in list(self.guests):
+            self.revoke(session_id)
+        callers = [task for door in self.doors.values() for task in door.callers]
+        while self.doors:
+            self.doors.popitem()[1].close()
+        await asyncio.gather(*callers, *self.refreshing.values(), return_exceptions=True)
+
+    async def _serve(self, door: Door, caller: socket.socket) -> None:
+        """All that happens on a connection: one request and its answer."""
+        reader, writer = await asyncio.open_connection(sock=caller, limit=PROXY_HEAD)
+        try:
+            try:
+                await asyncio.wait_for(self._exchange(door, reader, writer), PROXY_ANSWER_S)
+            except OppiError as error:
+                text = str(error).encode("utf-8", "replace")
+                head = f"HTTP/1.1 {error.status} Refused\r\nContent-Type: text/plain\r\nContent-Length: {len(text)}\r\n"
+                writer.write(head.encode() + b"Connection: close\r\n\r\n" + text)
+                writer.write_eof()  # closing with bytes unread would take the answer back
+                await asyncio.wait_for(copy_bytes(reader), 2)
+            writer.close()
+            await writer.wait_closed()
+        except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):  # a reset tells that the answer is not whole
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
+        finally:
+            writer.transport.abort()
+
+    async def _exchange(self, door: Door, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass a request on and its answer back.  Raises OppiError to refuse it, OSError or EOFError to cut it off."""
+        first, fields = await asyncio.wait_for(next_head(reader), PROXY_HEAD_S)
+        line, given = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.1", first), dict(fields)
+        if not line:
+            raise BadRequest("Malformed request line")
+        guest = self._guest(door, fields)
+        route, url = self._place(guest, line[1], line[2])
+        if "transfer-encoding" in given:
+            raise Refused(411, "Send Content-Length")
+        require(re.fullmatch(r"\d{1,12}", given.get("content-length", "")), "Malformed Content-Length")
+        require("upgrade" not in given and given.get("host") == f"{door.gateway}:{door.port}", "Malformed request")
+        if int(given["content-length"]) > PROXY_BODY:
+            raise TooLarge("Request body too large")
+        if len(guest.requests) >= SESSION_REQUESTS:
+            raise TooManyRequests("Too many requests at once")
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        guest.requests.add(task)
+        try:
+            headers = await self._headers(route, fields)
+            if not await self._pass_on(url, headers, int(given["content-length"]), reader, writer):
+                raise EOFError
+        finally:
+            guest.requests.discard(task)
+
+    def _guest(self, door: Door, fields: list[tuple[str, str]]) -> Guest:
+        """Whose secret is in the headers.  Raises Refused."""
+        stub = next(filter(None, (STUB.search(value) for _, value in fields)), None)
+        if not stub:
+            raise Refused(401, "Missing or invalid session token")
+        for guest in self.guests.values():
+            if same_secret(guest.hash, token_hash(stub[1])) and guest.door.gateway == door.gateway:
+                return guest
+        raise Refused(403, "Session not registered")
+
+    def _place(self, guest: Guest, method: str, target: str) -> tuple[Route, str]:
+        """The route of a request, and its URL upstream.  Raises Refused."""
+        path, mark, query = target.partition("?")
+        _, slug, host, *rest = path.split("/", 3) + [""]
+        route, below = guest.routes.get(f"/{slug}/{host}"), "/" + rest[0]
+        if not route and slug in built_in():
+            raise Refused(403, f"Session not authorized for: {slug}")
+        if not route:
+            raise Refused(404, "Unknown provider route")
+        if method != "POST":
+            raise Refused(405, "Method not allowed")
+        base = next((base for pattern, base in route.bases.items() if re.fullmatch(pattern, below, re.ASCII)), None)
+        if not base or STUB.search(target) or not re.fullmatch(r"[\w.=&-]*", query, re.ASCII):
+            raise Refused(403, "Path not allowed")
+        return route, base + below + mark + query
+
+    async def _headers(self, route: Route, fields: list[tuple[str, str]]) -> dict[str, str]:
+        """The headers for upstream: without those of this connection, and stubs replaced where pi puts them.  Raises Refused."""
+        sent: dict[str, str] = {}
+        for name, value in fields:
+            stub = STUB.search(value)
+            known, raw = route.headers.get(stub[2], ("", "")) if stub else ("", "")
+            if stub and known == name:
+                sent[name] = await self._value(route, raw)
+            elif stub and not stub[2] and name in CARRIERS:
+                real, login = await self._credential(route)
+                bearer = login or value.lower().startswith("bearer ")
+                sent["authorization" if login else name] = f"Bearer {real}" if bearer else real
+            elif not stub and name not in DROPPED and name not in CARRIERS:
+                sent[name] = f"{sent[name]}, {value}" if name in sent else value
+        if "chatgpt-account-id" in sent:  # made up, as the token that pi has it from
+            sent["chatgpt-account-id"] = str(obj(self._logins.get(route.provider)).get("accountId"))
+        return sent
+
+    async def _credential(self, route: Route) -> tuple[str, bool]:
+        """The key or token of a provider, and whether it goes as a login does.  Raises Refused."""
+        entry, env = obj(self._auth().get(route.provider)), self.environment()
+        if entry.get("type") == "oauth":
+            return await self._access(route), True
+        variables = built_in().get(route.provider, ([], {}))[0]
+        variable = next(filter(env.get, variables), "")
+        if raw := entry.get("key") or route.key:
+            return await self._value(route, raw), False
+        return await self._value(route, variable), variable.endswith("_AUTH_TOKEN")
+
+    async def _value(self, route: Route, raw: Any) -> str:
+        """What a key or header of pi's files stands for.  Raises Refused."""
+        env = {**self.environment(), **obj(obj(self._logins.get(route.provider)).get("env"))}
+        command = isinstance(raw, str) and raw.startswith("!")
+        value = await self._output(raw[1:], env) if command else plain_value(raw, env)
+        if not re.fullmatch("[ -~]+", value):
+            raise Refused(502, f"No credential for: {route.provider}")
+        return value
+
+    async def _output(self, command: str, env: dict[str, str]) -> str:
+        """What a command prints, asked once in a while; "" if it fails."""
+        until, asking = self.outputs.get(command, (0.0, None))
+        if asking is None or time.monotonic() > until:
+            asking = asyncio.ensure_future(run_program(["/bin/sh", "-c", command], env, 10))
+            self.outputs[command] = (time.monotonic() + COMMAND_AGE_S, asking)
+        code, out, _ = await asyncio.shield(asking)
+        if code:
+            self.outputs.pop(command, None)
+        return "" if code else str(out).strip()
+
+    async def _access(self, route: Route) -> str:
+        """A login's token that is still good; one that is not is renewed once for all who wait.  Raises Refused."""
+        name = route.provider
+        if name in REFRESHERS and obj(self._auth().get(name)).get("expires", 0) < now_ms() + REFRESH_EARLY_MS:
+            if name not in self.refreshing:
+                self.refreshing[name] = asyncio.ensure_future(self._refresh(name))
+                self.refreshing[name].add_done_callback(lambda _: self.refreshing.pop(name))
+            await asyncio.shield(self.refreshing[name])
+        entry = obj(self._auth().get(name))
+        return await self._value(route, entry.get("access") if entry.get("expires", 0) > now_ms() else "")
+
+    async def _refresh(self, name: str) -> None:
+        """Renew a login and store it, as pi does: alone, and only if nobody else just did."""
+        try:
+            async with pi_lock(self.auth_file):
+                entry = self._read_auth()[name]
+                if entry["expires"] < now_ms() + REFRESH_EARLY_MS:
+                    fresh = await asyncio.get_running_loop().run_in_executor(None, renewed, name, entry)
+                    logins = self._read_auth()
+                    if logins.get(name) == entry:
+                        write_file(os.path.realpath(self.auth_file), pretty({**logins, name: fresh}))
+        except Exception as error:  # whatever a file or an answer may hold
+            self.say(f"the login of {name} could not be renewed: {type(error).__name__} {getattr(error, 'code', '')}")
+
+    async def _pass_on(
+        self, url: str, headers: dict[str, str], length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
+        """Send a request upstream and its answer back; False when the container hung up.  Raises Refused, OSError, EOFError."""
+        import urllib.parse
+
+        parts = urllib.parse.urlsplit(url)
+        tls = trusted() if parts.scheme == "https" else None
+        try:
+            opening = asyncio.open_connection(parts.hostname, parts.port or (443 if tls else 80), ssl=tls, limit=PROXY_HEAD)
+            there, back = await asyncio.wait_for(opening, PROXY_CONNECT_S)
+        except (OSError, asyncio.TimeoutError) as error:
+            raise Refused(502, f"Upstream error: {getattr(error, 'strerror', None) or type(error).__name__}") from None
+        own = {"host": parts.netloc, "content-length": str(length), "connection": "close"}
+        target = parts.path + "?" * bool(parts.query) + parts.query
+        head = [f"POST {target} HTTP/1.1", *(f"{name}: {value}" for name, value in {**headers, **own}.items())]
+
+        async def up() -> bool:
+            left = length
+            while left and (data := await reader.read(min(left, CHUNK))):
+                left -= len(data)
+                back.write(data)
+                with contextlib.suppress(OSError):  # its answer tells why it takes no more
+                    await back.drain()
+            return bool(await reader.read(1)) and False  # the container is gone, or sent more than it said
+
+        try:
+            back.write("\r\n".join([*head, "", ""]).encode("latin-1"))
+            return cast(bool, await first_of(self._answer(there, writer), up()))
+        finally:
+            back.transport.abort()
+
+    async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Pass an answer back as it comes.  It ends with its connection, so its framing need not be looked at."""
+        status = "1"
+        while status == "1":  # what comes before the answer proper is for this connection
+            try:
+                first, fields = await next_head(there)
+                status = re.fullmatch(r"HTTP/1\.[01] ([1-5])\d\d( [ -~]*)?", first)[1]  # type: ignore[index]
+            except (OSError, EOFError, OppiError, TypeError):
+                raise Refused(502, "Upstream error: no proper answer") from None
+        lines = [first, *(f"{n}: {v}" for n, v in fields if n not in DROPPED or n == "content-length"), "connection: close"]
+        writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        await copy_bytes(there, writer)
+        return True
+
+
 # ── Apple containers ──
 # One container (a small virtual machine) for each workspace that asks for one, shared by its sessions, made when the
 # first of them starts and stopped when none is left for a while.  It sees four folders: the workspace's own (/work), its
@@ -5612,7 +6261,7 @@ class Containers:
         values = {
             "HOME": "/home/pi", "PATH": CONTAINER_PATH, "LANG": "C.UTF-8", "PI_CODING_AGENT_DIR": f"/tmp/pi-{new_id(16)}",
             "PI_SANDBOX": "1", "OPPI_SESSION": record["id"], "OPPI_EPOCH": epoch, "OPPI_WORKSPACE": workspace["id"],
-            "OPPI_USER": "owner", "SEARXNG_URL": f"{local}:8888", "LMSTUDIO_URL": f"{local}:{self.proxy.bridges.get(1234, 1234)}",
+            "OPPI_USER": "owner", "SEARXNG_URL": f"{local}:8888", "LMSTUDIO_URL": f"{local}:1234",
             "UV_CACHE_DIR": "/cache/uv", "PIP_CACHE_DIR": "/cache/pip", "npm_config_cache": "/cache/npm",
             "CHROME_BIN": "/usr/bin/chromium-browser", "CHROME_PATH": "/usr/lib/chromium/", **PI_ENVIRONMENT, "PI_OFFLINE": "1",
         }  # fmt: skip
@@ -8040,7 +8689,6 @@ CORS = (
 REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}
-ONCE = ("host", "content-length", "authorization", "transfer-encoding", "origin")  # headers nobody may repeat
 
 
 class Request:
@@ -8077,18 +8725,11 @@ class Request:
 
 def parse_head(head: bytes, peer: str) -> Request:
     """Request line and headers.  Raises BadRequest for anything that is not plain HTTP/1.1."""
-    first, *lines = head.decode("latin-1").split("\r\n")
+    first, fields = split_head(head)
     match = re.fullmatch(r"([A-Z]{1,16}) (\*|/(?!/)[!-~]*) HTTP/1\.[01]", first)
     if not match:
         raise BadRequest("Malformed request line")
-    headers: dict[str, str] = {}
-    for line in lines:
-        field = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
-        if not field:
-            raise BadRequest("Malformed header")
-        name = field.group(1).lower()
-        require(name not in headers or name not in ONCE, f"Repeated header: {name}")
-        headers[name] = field.group(2).strip(" \t")
+    headers = dict(fields)
     host = r"[A-Za-z0-9._~-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?"
     require(re.fullmatch(host, headers.get("host", "")), "Malformed Host")
     try:
@@ -9596,8 +10237,8 @@ class Server:
                     task.cancel()
 
     def reachable(self, connection: Connection) -> bool:
-        """Whether the security profile lets this peer speak plain HTTP."""
-        return plain_http_allowed(connection.peer, connection.local, self.settings["security.profile"])
+        """Whether the security profile lets this peer speak plain HTTP; agents in containers have no business here."""
+        return not self.proxy.inhabits(connection.peer) and plain_http_allowed(connection.peer, connection.local, self.settings["security.profile"])
 
     def principal(self, token: str) -> str:
         """Who presents a token, or "".  The first use of an app 1.0 invite makes its device here."""
@@ -9654,6 +10295,11 @@ class Server:
             loop.add_signal_handler(number, stop.set)
         if self.store.unclean:
             await loop.run_in_executor(None, end_marked, f"OPPI_OWNER={self.store.root}")
+        given = os.environ.get("OPPI_AUTH_PROXY_PORT", str(PROXY_PORT))
+        good = re.fullmatch(r"[1-9]\d{0,4}", given) and int(given) < 65536
+        if not good:
+            log("proxy", f"OPPI_AUTH_PROXY_PORT is no port; {PROXY_PORT} is used")
+        await self.proxy.open(int(given) if good else PROXY_PORT)
         port = await self.edge.listen(host, port)
         self.note(host=host, port=port)
         self.sessions.port = port
