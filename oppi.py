@@ -5131,7 +5131,7 @@ CARRIERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")  # header
 DROPPED = ("host connection keep-alive upgrade te trailer expect cookie set-cookie content-length proxy-authorization "
            "proxy-connection").split()  # headers of one connection, and what is nobody's business
 STUB = regex(r"(oppi-[A-Za-z0-9_-]{43})(?:\.(\d{1,4}))?")  # a secret, or one with the number of a header of models.json
-VARIABLE = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
+KEY_VARIABLE = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 FOREVER = 4_102_444_800_000  # ms: the year 2100
 PROXY_PORT = 7751
@@ -5191,9 +5191,9 @@ def plain_value(raw: Any, env: Mapping[str, str]) -> str:
     "" for what is not set."""
     if not isinstance(raw, str) or raw in env:
         return env.get(raw, "") if isinstance(raw, str) else ""
-    if not all(found[1] or env.get(found[2] or found[3]) for found in VARIABLE.finditer(raw)):
+    if not all(found[1] or env.get(found[2] or found[3]) for found in KEY_VARIABLE.finditer(raw)):
         return ""
-    return VARIABLE.sub(lambda found: found[1] or env[found[2] or found[3]], raw)
+    return KEY_VARIABLE.sub(lambda found: found[1] or env[found[2] or found[3]], raw)
 
 
 @functools.lru_cache(1)
@@ -6081,8 +6081,8 @@ class Containers:
         """The options a workspace's container is run with, from which its mark is made."""
         words = ["--init"] if self.version >= (0, 10) else []
         words += ["--cap-drop", "ALL"] if self.version >= (0, 12) else []
-        words += CONTAINER_OPTIONS.split()
-        return [*words, *self.mounts(workspace), "--network", self.network, "--entrypoint", "/bin/sh", image, "-c", CONTAINER_LOOP]
+        words += [*CONTAINER_OPTIONS.split(), *self.mounts(workspace), "--network", self.network]
+        return [*words, "--entrypoint", "/bin/sh", image, "-c", CONTAINER_LOOP]
 
     async def enter(self, workspace: Json, session_id: str) -> Box:
         """The running container of a workspace, for a session that stays its guest until `leave`.  Raises PiFailed."""
@@ -10238,7 +10238,8 @@ class Server:
 
     def reachable(self, connection: Connection) -> bool:
         """Whether the security profile lets this peer speak plain HTTP; agents in containers have no business here."""
-        return not self.proxy.inhabits(connection.peer) and plain_http_allowed(connection.peer, connection.local, self.settings["security.profile"])
+        known = plain_http_allowed(connection.peer, connection.local, self.settings["security.profile"])
+        return known and not self.proxy.inhabits(connection.peer)
 
     def principal(self, token: str) -> str:
         """Who presents a token, or "".  The first use of an app 1.0 invite makes its device here."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 
 from tests.container.rig import Apple
 from tests.support.server import Server
-from tests.wire.rig import MANY, Rig, eventually
+from tests.wire.rig import MANY, Rig
 
 FAKE = {"DIALECT": "0.87"}
 

@@ -18,9 +18,6 @@ from tests.support.phone import Phone
 from tests.support.server import Server
 from tests.support.tools import install_pi
 
-CANARIES = ("models-canary-4711", "header-canary-4712", "auth-canary-4713", "oauth-canary-4714", "environ-canary-4715",
-            "command-canary-4716", "refresh-canary-4717")  # fmt: skip
-
 
 class Sealed(Place):
     """A server whose workspaces are in containers of the stand-in, and a model that only the server can reach."""
@@ -42,7 +39,7 @@ class Sealed(Place):
     def box(self, chat: Chat) -> str:
         """The container of a chat's workspace."""
         found = self.apple.store.read()["containers"].items()
-        (name,) = [name for name, record in found if record["labels"].get("oppi.workspace") == chat.wid]
+        (name,) = [name for name, record in found if record["configuration"]["labels"].get("oppi.workspace") == chat.wid]
         return name
 
     def agents(self, chat: Chat) -> list[int]:
@@ -56,15 +53,6 @@ def sealed(request: pytest.FixtureRequest) -> Iterator[Sealed]:
         place = Sealed(request.param, llm, apple)
         with place.server:
             place.server.start()
-            yield place
-
-
-@pytest.fixture
-def own(request: pytest.FixtureRequest) -> Iterator[Sealed]:
-    """One for a test that ends it; not started yet."""
-    with MockLLM() as llm, Apple() as apple:
-        place = Sealed(getattr(request, "param", "0.87.1"), llm, apple)
-        with place.server:
             yield place
 
 
@@ -109,7 +97,7 @@ def test_files_and_differences_are_found_by_the_names_the_agent_uses(sealed: Sea
     assert stats["changedFiles"] == ["notes.md"]
     base = f"/workspaces/{chat.wid}/sessions/{chat.sid}"
     for path in ("notes.md", "/work/notes.md"):
-        assert chat.phone.request("GET", f"{base}/files?path={path}").body == b"one\ntwo\n"
+        assert chat.phone.raw("GET", f"{base}/files?path={path}").body == b"one\ntwo\n"
         assert chat.phone.call("GET", f"{base}/overall-diff?path={path}")["currentText"] == "one\ntwo\n"
     chat.phone.call("GET", f"{base}/files?path=/etc/passwd", expect=403)
 
@@ -169,103 +157,13 @@ def test_two_workspaces_at_once(sealed: Sealed, chat: Chat, tmp_path: Path) -> N
 
 def test_the_guard_cannot_be_changed_from_inside(sealed: Sealed, chat: Chat) -> None:
     chat.turn(
-        '!tool bash {"command": "for f in /oppi/guard/oppi-gate.js /oppi/guard/x /usr/local/bin/pi /etc/x; do echo x >> $f; done; true"}'
-        "\n!say tried"
+        '!tool bash {"command": "for f in /oppi/guard/oppi-gate.js /oppi/guard/x /usr/local/bin/pi /etc/x;'
+        ' do echo x >> $f; done; true"}\n!say tried'
     )
     output = "".join(f["output"] for f in chat.phone.since() if f["type"] == "tool_output")
     assert output.count("Read-only file system") + output.count("Permission denied") == 4
     cached = sealed.apple.ok("exec", sealed.box(chat), "/bin/sh", "-c", "find /tmp -name '*.mjs' -o -name '*compile*'")
     assert cached == "", "the next pi would load this copy of the gate"
-
-
-@pytest.mark.parametrize("own", VERSIONS, indirect=True)
-def test_a_killed_server_adopts_its_container_and_goes_on(own: Sealed, tmp_path: Path) -> None:
-    own.server.start()
-    chat = own.chat(own.server.pair("1.1"), tmp_path / "project")
-    chat.turn("!say remember the cheese")
-    box, record = own.box(chat), own.apple.record(own.box(chat))
-    chat.ask('!tool bash {"command": "touch marker; sleep 34.25"}\n!say never')
-    eventually((chat.folder / "marker").exists, "the command to run")
-    own.server.restart(graceful=False)
-    chat.phone = Phone(own.server.base_url, chat.phone.token, "1.1")
-    assert chat.session()["status"] == "stopped"
-    eventually(lambda: not any("sleep 34.25" in line for line in own.apple.processes(box).values()), "no orphan inside")
-    chat.connect()
-    assert chat.turn("!say I do") == "I do"
-    assert "remember the cheese" in str(own.sees())
-    again = own.apple.record(box)
-    assert record and again and again["pid"] == record["pid"], "it is another container"
-    own.server.stop()
-    assert own.apple.running() == []
-
-
-def test_a_container_that_dies_is_told_of_and_the_next_one_goes_on(own: Sealed, tmp_path: Path) -> None:
-    own.server.start()
-    chat = own.chat(own.server.pair("1.1"), tmp_path / "project")
-    chat.turn("!say remember the cheese")
-    chat.ask("!slow 30\n!text 2000")
-    chat.wait(lambda f: f["type"] == "text_delta" and "w5 " in f["delta"])
-    own.apple.die(own.box(chat))
-    error = chat.wait("error")
-    assert "The workspace's container has ended" in error["error"]
-    chat.wait("session_ended")
-    chat.reconnect()
-    assert chat.turn("!say I do") == "I do"
-    assert "remember the cheese" in str(own.sees())
-
-
-def test_an_idle_container_is_stopped_and_comes_back(own: Sealed, tmp_path: Path) -> None:
-    own.server.config(workspaceIdleTimeoutMs=1500)
-    own.server.start()
-    chat = own.chat(own.server.pair("1.1"), tmp_path / "project")
-    chat.turn("!say remember the cheese")
-    chat.phone.stop(chat.wid, chat.sid)
-    eventually(lambda: own.apple.running() == [], "the container to be stopped", 20)
-    chat.reconnect()
-    chat.turn("!say I do")
-    assert "remember the cheese" in str(own.sees())
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_no_credential_gets_inside(version: str, tmp_path: Path) -> None:
-    """Canaries wherever pi takes credentials from; the model gets the right one, and the agent can find none."""
-    with MockLLM() as llm, Apple() as apple:
-        place = Sealed(version, llm, apple, env={"GROQ_API_KEY": CANARIES[4], "MY_MODEL_KEY": CANARIES[4]})
-        agent = place.server.agent_dir
-        models = json.loads(llm.models_json())
-        mock = models["providers"]["mock"]
-        mock.update(apiKey=CANARIES[0], headers={"X-Secret": CANARIES[1]})
-        models["providers"]["other"] = {**mock, "apiKey": f"!echo {CANARIES[5]}", "headers": {}}
-        models["providers"]["third"] = {**mock, "apiKey": "MY_MODEL_KEY", "headers": {}}
-        (agent / "models.json").write_text(json.dumps(models))
-        (agent / "auth.json").write_text(json.dumps({
-            "openai": {"type": "api_key", "key": CANARIES[2]},
-            "anthropic": {"type": "oauth", "access": f"sk-ant-oat01-{CANARIES[3]}", "refresh": CANARIES[6], "expires": 4102444800000},
-        }))  # fmt: skip
-        (agent / "auth.json").chmod(0o600)
-        (agent / "settings.json").write_text(json.dumps({"apiKey": CANARIES[0], "defaultProvider": "mock"}))
-        with place.server:
-            place.server.start()
-            phone = place.server.pair("1.1")
-            chat = place.chat(phone, tmp_path / "project")
-            chat.turn("!say hello")
-            heads = llm.headers[-1]
-            assert heads["authorization"] == f"Bearer {CANARIES[0]}" and heads["x-secret"] == CANARIES[1]
-            for provider, canary in (("other", CANARIES[5]), ("third", CANARIES[4])):
-                chat.command("set_model", provider=provider, modelId="mock-1")
-                chat.turn("!say hello again")
-                assert llm.headers[-1]["authorization"] == f"Bearer {canary}"
-            box = place.box(chat)
-            seen = apple.ok(
-                "exec", box, "/bin/sh", "-c",
-                "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline; env; find /work /oppi /cache /tmp /run /home -type f | xargs cat",
-            )  # fmt: skip
-            said = seen + apple.spoken() + "\n".join(place.server.stderr)
-            assert "mock-1" in seen, "nothing was read"
-            assert [canary for canary in CANARIES if canary in said] == []
-            base = place.server.data / "sandboxes"
-            held = b"".join(p.read_bytes() for p in base.rglob("*") if p.is_file() and not p.is_symlink())
-            assert [canary for canary in CANARIES if canary.encode() in held] == []
 
 
 def test_another_containers_secret_and_a_dead_one_open_nothing(sealed: Sealed, chat: Chat) -> None:
@@ -293,21 +191,3 @@ def test_another_containers_secret_and_a_dead_one_open_nothing(sealed: Sealed, c
     assert tries(secret.group(1)) in ("401", "403")
     chat.reconnect()
     chat.turn("!say a new one")
-
-
-def test_no_port_of_the_host_answers_an_agent(own: Sealed, tmp_path: Path) -> None:
-    """Neither the API for phones, though it listens everywhere, nor the model server on loopback."""
-    own.server.start("--host", "0.0.0.0")
-    chat = own.chat(own.server.pair("1.1"), tmp_path / "project")
-    record = own.apple.record(own.box(chat))
-    gateway = re.search(r'"gateway": "([0-9.]+)"', json.dumps(record))
-    assert gateway
-    script = (
-        "import socket, sys\n"
-        "s = socket.socket(); s.settimeout(3)\n"
-        "try:\n    s.connect((sys.argv[1], int(sys.argv[2]))); s.sendall(b'GET /health HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')\n"
-        "    print(s.recv(100).decode() or 'closed')\nexcept OSError: print('refused')\n"
-    )
-    for port in (own.server.port, own.llm.port):
-        answer = own.apple.ok("exec", own.box(chat), "/usr/bin/python3", "-c", script, gateway.group(1), str(port))
-        assert answer in ("refused", "closed"), f"port {port} answers a container: {answer}"
