@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.container.rig import Apple
-from tests.real.conftest import LIMITS, VERSIONS, Chat, Place, eventually
+from tests.real.conftest import LIMITS, VERSIONS, Chat, CommandFailed, Place, eventually
 from tests.support.mock_llm import MockLLM
 from tests.support.phone import Phone
 from tests.support.server import Server
@@ -33,8 +33,17 @@ class Sealed(Place):
 
     def chat(self, phone: Phone, folder: Path, **fields: Any) -> Chat:
         chat = Chat(self, phone, folder, runtime="container", **{"policyPreset": "container", **fields})
-        chat.connect()
+        eventually(lambda: self._connected(chat), "the image to be built")
         return chat
+
+    def _connected(self, chat: Chat) -> bool:
+        try:
+            chat.connect()
+            return True
+        except CommandFailed as error:
+            assert "being prepared" in str(error)
+            chat.phone.drop()
+            return False
 
     def box(self, chat: Chat) -> str:
         """The container of a chat's workspace."""
@@ -156,13 +165,14 @@ def test_two_workspaces_at_once(sealed: Sealed, chat: Chat, tmp_path: Path) -> N
 
 
 def test_the_guard_cannot_be_changed_from_inside(sealed: Sealed, chat: Chat) -> None:
-    chat.turn(
-        '!tool bash {"command": "for f in /oppi/guard/oppi-gate.js /oppi/guard/x /usr/local/bin/pi /etc/x;'
-        ' do echo x >> $f; done; true"}\n!say tried'
-    )
-    output = "".join(f["output"] for f in chat.phone.since() if f["type"] == "tool_output")
-    assert output.count("Read-only file system") + output.count("Permission denied") == 4
-    cached = sealed.apple.ok("exec", sealed.box(chat), "/bin/sh", "-c", "find /tmp -name '*.mjs' -o -name '*compile*'")
+    guard, box = "/oppi/guard/oppi-gate.js", sealed.box(chat)
+    chat.ask(f'!tool edit {{"path": "{guard}", "oldText": "deny", "newText": "allow"}}\n!say tried')
+    chat.approve("allow")  # not even a person can let it
+    chat.ready()
+    for path in (guard, "/oppi/guard/x", f"/oppi/guard/sessions/{chat.sid}/models.json", "/usr/local/bin/pi", "/etc/x"):
+        done = sealed.apple.call("exec", box, "/bin/sh", "-c", f"echo x >> {path}")
+        assert done.returncode and re.search("Read-only file system|Permission denied", done.stderr), path
+    cached = sealed.apple.ok("exec", box, "/bin/sh", "-c", "find /tmp -name '*.mjs' -o -name '*compile*'")
     assert cached == "", "the next pi would load this copy of the gate"
 
 
