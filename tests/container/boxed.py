@@ -101,7 +101,11 @@ class Boxed(Rig):
 
     def record(self, sid: str) -> Any:
         """A session as it is stored."""
-        return json.loads((self.server.data / "sessions" / f"{sid}.json").read_text("utf-8"))
+        return json.loads((self.server.data / "sessions" / f"{sid}.json").read_text("utf-8"))["session"]
+
+    def file(self, sid: str) -> Path:
+        """Where the conversation of a session is on this machine."""
+        return Path(eventually(lambda: self.record(sid).get("piSessionFile")))
 
     def gone(self, wid: str) -> None:
         """Takes a workspace's container away, so that the next session begins with none."""

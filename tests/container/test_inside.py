@@ -271,7 +271,7 @@ def test_a_folder_that_an_earlier_agent_made_a_link_is_not_followed(boxed: Boxed
 def test_a_session_goes_on_with_its_own_file(boxed: Boxed) -> None:
     chat = boxed.chat()
     chat.play("first")
-    (file,) = boxed.record(chat.sid)["piSessionFiles"]
+    file = str(boxed.file(chat.sid))
     assert file.startswith(str(boxed.folder(chat.wid, "sessions", chat.sid)) + "/")
     chat.stop()
     chat.phone.subscribe(chat.sid)
@@ -300,10 +300,10 @@ def test_forks_have_what_was_before_and_show_where_they_come_from(boxed: Boxed) 
     chat.play("four")
     graph = boxed.phone().call("GET", f"/workspaces/{quote(chat.wid)}/graph?sessionId={chat.sid}&includePaths=true")
     assert graph["sessionGraph"]["edges"], graph
-    old = next(f for f in boxed.record(chat.sid)["piSessionFiles"] if f != boxed.record(chat.sid)["piSessionFile"])
+    old = next(f for f in boxed.record(chat.sid)["piSessionFiles"] if f != str(boxed.file(chat.sid)))
     chat.phone.command("switch_session", chat.sid, sessionPath=old, check=True)
     chat.play("five")
-    assert boxed.record(chat.sid)["piSessionFile"] == old
+    assert str(boxed.file(chat.sid)) == old
     wrong = chat.phone.command("switch_session", chat.sid, sessionPath="/etc/passwd")
     assert not wrong["success"]
 
@@ -312,20 +312,20 @@ def test_a_conversation_moves_between_this_machine_and_a_container(boxed: Boxed)
     wid = boxed.workspace("moving", hostMount=str(boxed.server.workspace), runtime="host")
     chat = boxed.chat(preset="moving")
     chat.play("on the host")
-    (host_file,) = boxed.record(chat.sid)["piSessionFiles"]
+    host_file = boxed.file(chat.sid)
     chat.stop()
     boxed.change(wid, runtime="container")
     chat.phone.subscribe(chat.sid)
     chat.play("in a container")
-    inside = boxed.record(chat.sid)["piSessionFile"]
-    assert inside.startswith(str(boxed.folder(wid, "sessions"))) and "in a container" not in Path(host_file).read_text()
+    inside = eventually(lambda: boxed.file(chat.sid) != host_file and boxed.file(chat.sid))
+    assert boxed.folder(wid, "sessions") in inside.parents and "in a container" not in host_file.read_text()
     assert boxed.users(wid, chat.sid) == ["on the host", "in a container"]
     chat.stop()
     boxed.change(wid, runtime="host")
     chat.phone.subscribe(chat.sid)
     chat.play("back again")
     assert boxed.users(wid, chat.sid) == ["on the host", "in a container", "back again"]
-    assert "back again" not in Path(inside).read_text(), "a pi on this machine must not use what an agent inside can exchange"
+    assert "back again" not in inside.read_text(), "a pi on this machine must not use what an agent inside can exchange"
 
 
 def test_files_and_changes_are_found_by_the_names_pi_uses(boxed: Boxed) -> None:
@@ -357,9 +357,7 @@ def test_sessions_of_the_original_open_and_go_on(boxed: Boxed) -> None:
     boxed.server.stop()
     stored = boxed.server.data / "sessions" / f"{sid}.json"
     record = json.loads(stored.read_text())
-    record["session" if "session" in record else "piSessionFile"] = record.get("session", str(path))
-    target = record["session"] if "session" in record and isinstance(record["session"], dict) else record
-    target.update(piSessionFile=str(path), piSessionFiles=[str(path)], runtime="container", status="stopped")
+    record["session"].update(piSessionFile=str(path), piSessionFiles=[str(path)], runtime="container", status="stopped")
     stored.write_text(json.dumps(record))
     boxed.server.start()
     assert boxed.users(wid, sid) == ["long ago"]
@@ -400,7 +398,7 @@ PLANTS = {
 def test_what_is_planted_for_a_conversation_leads_nowhere(boxed: Boxed, outside: Path, plant: str) -> None:
     chat = boxed.chat(preset="hostile")
     chat.play("harmless")
-    file = Path(boxed.record(chat.sid)["piSessionFile"])
+    file = boxed.file(chat.sid)
     chat.stop()
     inside = f"/oppi/sessions/{chat.sid}/{file.name}"
     boxed.read(chat.wid, PLANTS[plant].format(inside, outside, boxed.server.home))
@@ -452,7 +450,7 @@ def test_a_pi_that_lies_about_its_file_gains_nothing(boxed: Boxed, outside: Path
 def test_a_conversation_cannot_name_one_of_this_machine_as_where_it_comes_from(boxed: Boxed, outside: Path) -> None:
     chat = boxed.chat(preset="orphaned")
     chat.play("hello")
-    file = Path(boxed.record(chat.sid)["piSessionFile"])
+    file = boxed.file(chat.sid)
     head, _, rest = file.read_text().partition("\n")
     for parent in (str(outside), "/oppi/sessions/../../../../home/outside.jsonl", f"/oppi/sessions/{chat.sid}/link.jsonl"):
         boxed.inside(chat.wid, f"ln -sfn {outside} /oppi/sessions/{chat.sid}/link.jsonl")
