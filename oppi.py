@@ -5111,6 +5111,7 @@ CONTAINER_END = (  # ends what has one of these variables, and what that starts 
 )
 CONTAINER_SUBNETS = ("", "10.201.0.0/24", "10.202.0.0/24", "10.203.0.0/24")  # the tool's own choice first
 CONTAINER_CALL_S = 10.0  # for a call that only asks
+CONTAINER_RUN_S = 60.0  # for a container to start; a phone waits no longer
 CONTAINER_WAIT_S = 20.0  # for an image that is being built; then whoever starts a session is told
 NO_CONTAINERS = (
     "This workspace runs in a container, and this machine has no `container` program. Install it (brew install container; "
@@ -5528,7 +5529,7 @@ class Containers:
             labels = {"oppi.owner": self.owner, "oppi.workspace": workspace["id"], "oppi.mark": mark}
             marks = [word for item in labels.items() for word in ("-l", "=".join(item))]
             try:
-                await self.call("run", "-d", "--rm", "--name", name, *marks, *words, limit=90)
+                await self.call("run", "-d", "--rm", "--name", name, *marks, *words, limit=CONTAINER_RUN_S)
                 box = self._box(await self.inspect("inspect", name), name)
                 if not box:
                     raise PiFailed("The workspace's container ended as soon as it was started")
@@ -7169,7 +7170,9 @@ def end_line(path: str) -> str:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
         return str(obj(parse_json(head)).get("cwd") or "")
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if re.fullmatch(CONTAINED, path) and isinstance(error, OSError):
+            raise PiFailed(f"The conversation's file cannot be read ({error}): {path}") from None
         return ""
 
 
@@ -7403,7 +7406,8 @@ class Sessions:
         skills = await on_thread(boxes.skills, workspace)
         path = await on_thread(boxes.prepare_session, record, workspace, box, grant, file)
         move_on(record, file, path)
-        await on_thread(end_line, path)
+        if path:
+            await on_thread(end_line, path)
         place, guard = boxes.place(workspace), "/oppi/guard"
         argv = self._arguments(
             record, workspace, f"{guard}/oppi-gate.js", f"/oppi/sessions/{record['id']}", place.there(path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable
 
+from tests.container.container_cli import network_record
 from tests.container.rig import Apple
 from tests.support.phone import quote
 from tests.support.server import Server
@@ -24,7 +26,7 @@ if [ -f /work/.lie ]; then  # a pi that an agent has taken over says where its c
     exit
 fi
 """
-FAILED = "failed"
+NUMBERS = itertools.count(65)  # of the next "Mac": all share one kernel, so that no two may choose the same subnet
 
 
 class Boxed(Rig):
@@ -115,17 +117,22 @@ class Boxed(Rig):
 
 def together(*works: Callable[[], Any]) -> list[Any]:
     """The results of what is done at the same time."""
-    results: list[Any] = [FAILED] * len(works)
+    results: list[Any] = [None] * len(works)
 
     def run(number: int) -> None:
-        results[number] = works[number]()
+        try:
+            results[number] = works[number]()
+        except Exception as error:
+            results[number] = error
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(works))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert FAILED not in results
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
     return results
 
 
@@ -135,6 +142,9 @@ def boxed_with(
 ) -> Iterator[Boxed]:
     """A server on a "Mac" of its own, with these settings of both."""
     with Apple(fake=FAKE, **mac) as apple:
+        with apple.store.change() as db:
+            for third in range(65, next(NUMBERS)):
+                db["networks"][f"taken{third}"] = network_record(f"taken{third}", (192 << 24 | 168 << 16 | third << 8, 24), 0)
         launcher = apple.folder / "fake-pi"
         launcher.write_text(LIE + launcher.read_text("utf-8").partition("\n")[2], "utf-8")
         with Server(env={**apple.env, **(env or {})}, config={**MANY, **(config or {})}, start=start) as server:
