@@ -4040,7 +4040,8 @@ def log(tag: str, text: str) -> None:
 AUDIT_LIMIT = 10 * 1024 * 1024  # bytes, then the file is rotated
 AUDIT_TAIL = 1024 * 1024  # bytes in which its last line is looked for at the start
 TRACE_BUFFER = 1024 * 1024  # bytes; each small read would let go of the interpreter, and the loop would lose the race for it
-CONTAINED = r"(.*/sandboxes/[^/]+/sessions)/(.+)"  # a file that an agent in a container can write, or put a link in place of
+CONTAINED = r"(?s)(.*?/sandboxes/[^/]+/sessions)/(.+)"  # a file that an agent in a container can write, or put a link in place of
+CONTAINED_MOST = 256 * 1024 * 1024  # bytes of such a file; an agent can also make it larger than any memory
 
 
 def make_private(path: str) -> None:
@@ -4121,6 +4122,10 @@ def open_conversation(path: str, mode: int = os.O_RDONLY) -> IO[bytes]:
         descriptor = open_inside(boxed[1], boxed[2], mode=mode) if boxed else os.open(path, mode | os.O_NONBLOCK)
     except OppiError as error:
         raise OSError(str(error)) from None
+    status = os.fstat(descriptor)
+    if status.st_mode & 0o170000 != 0o100000 or (boxed and status.st_size > CONTAINED_MOST):
+        os.close(descriptor)
+        raise OSError("not a plain file, or too large a one")
     return open(descriptor, "rb" if mode == os.O_RDONLY else "r+b", TRACE_BUFFER)
 
 
@@ -5721,14 +5726,17 @@ CONTAINER_OPTIONS = (
 )
 CONTAINER_PATH = "/oppi/guard/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONTAINER_LOOP = (  # waits such that a signal ends it at once
-    "mkdir -p ~/.config && ln -sfn /oppi/guard/fetch ~/.config/fetch; "
+    "mkdir -p ~/.config/dotfiles/shared; ln -s /oppi/guard/fetch ~/.config/fetch; "
+    "[ ! -e /oppi/memory/MEMORY.md ] || ln -s /oppi/memory ~/.config/dotfiles/shared/memory; "
     "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done"
 )
 CONTAINER_END = (  # ends what has one of these variables, and what that starts meanwhile
-    'for i in 1 2 3 4 5 6 7 8; do k=; for p in /proc/[0-9]*; do if grep -qz "^$1" $p/environ 2>/dev/null; '
-    "then kill -KILL ${p#/proc/} && k=1; fi; done; [ $k ] || exit 0; done; exit 1"
+    'for i in 1 2 3 4 5 6 7 8; do f=$(grep -lsz "^$1" /proc/[0-9]*/environ); [ "$f" ] || exit 0; '
+    "for p in $f; do p=${p#/proc/}; kill -KILL ${p%/environ}; done; done; exit 1"
 )
 CONTAINER_SUBNETS = ("", "10.201.0.0/24", "10.202.0.0/24", "10.203.0.0/24")  # the tool's own choice first
+CONTAINER_CALL_S = 10.0  # for a call that only asks
+CONTAINER_RUN_S = 60.0  # for a container to start; a phone waits no longer
 CONTAINER_WAIT_S = 20.0  # for an image that is being built; then whoever starts a session is told
 NO_CONTAINERS = (
     "This workspace runs in a container, and this machine has no `container` program. Install it (brew install container; "
@@ -5741,13 +5749,13 @@ RUN apk add --no-cache bash coreutils ca-certificates curl wget git grep ripgrep
     py3-pip tree sqlite uv chromium nss freetype harfbuzz ttf-freefont font-noto-emoji
 RUN npm install -g {pi} typescript@7.0.2 tsx@4.23.15 readability-cli@2.4.5
 RUN pip install --no-cache-dir --break-system-packages beautifulsoup4==4.15.0 markdownify==1.2.3 trafilatura==2.3.1 httpx==0.28.1
-RUN adduser -D -u 1001 -s /bin/bash pi && mkdir -p /work /cache /oppi/guard /oppi/sessions && chown pi /work /cache /oppi/sessions
+RUN adduser -D -u 1001 -s /bin/bash pi && mkdir -p /work /cache /oppi/guard /oppi/sessions /oppi/memory
 ENV CHROME_BIN=/usr/bin/chromium-browser CHROME_PATH=/usr/lib/chromium/
 USER pi
 WORKDIR /work
 """
 CONTAINER_FOLDERS = (("sessions", "/oppi/sessions", ""), ("cache", "/cache", ""), ("guard", "/oppi/guard", ":ro"))
-MEMORY_INSIDE = "/home/pi/.config/dotfiles/shared/memory"
+MEMORY_INSIDE = "/oppi/memory"  # and a link at its old place: a mount below the home would make the folders there root's
 MEMORY_SEED = b"# Memory\n\n## Rules\n\n- Never store secrets here: no credentials, API keys, passwords or tokens.\n"
 SHIMS = (("search", "search"), ("fetch", "fetch"), ("fetch", "fetch-allow"))  # skill, and the script of it that is on PATH
 FETCH_DOMAINS = (
@@ -5841,6 +5849,14 @@ def mirror(source: str, target: str, passed_over: Sequence[str]) -> None:
     remove(old)
 
 
+def put(path: str, data: bytes) -> None:
+    """Write a file that has not been written yet, or was with other content."""
+    with contextlib.suppress(OSError):
+        if read_file(path) == data:
+            return
+    write_file(path, data)
+
+
 def remove(path: str) -> None:
     """A file, link or folder that may be there."""
     if os.path.isdir(path) and not os.path.islink(path):
@@ -5860,8 +5876,10 @@ class Place(NamedTuple):
     sessions: str = ""
 
     def here(self, path: str) -> str:
-        """What a path of pi's session files is called on this machine."""
-        return self.sessions + path[len("/oppi/sessions") :] if self.sessions and inside(path, "/oppi/sessions") else path
+        """What pi's name of a session file means on this machine; "" for one that no container can have."""
+        own = os.path.normpath(path)
+        contained = self.sessions + own[len("/oppi/sessions") :] if inside(own, "/oppi/sessions") else ""
+        return contained if self.sessions else path
 
     def there(self, path: str) -> str:
         return "/oppi/sessions" + path[len(self.sessions) :] if self.sessions and inside(path, self.sessions) else path
@@ -5931,32 +5949,41 @@ class Containers:
             return self.program() and self.problem
         return NO_CONTAINERS
 
-    async def ask(self, *words: str, limit: float = 20) -> tuple[int, str, str]:
+    async def ask(self, *words: str, limit: float = CONTAINER_CALL_S) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of a command; the tool gets nothing of the environment but what it needs."""
         program = self.program()
         env = {"HOME": os.path.expanduser("~"), "PATH": os.path.dirname(program) + ":/usr/bin:/bin:/usr/sbin:/sbin"}
         return await run_program([program, *words], env, limit)
 
-    async def call(self, *words: str, limit: float = 20) -> str:
+    async def call(self, *words: str, limit: float = CONTAINER_CALL_S) -> str:
         """stdout of a command.  Raises PiFailed with one line a person can act on."""
         code, out, err = await self.ask(*words, limit=limit)
-        what = "container " + " ".join(itertools.takewhile(lambda word: word[0] not in "-/", words[:2]))
-        lines = [line for line in err.splitlines() if line.strip()]
+        what = " ".join(("container", *itertools.takewhile(str.isalpha, words[:2])))
+        lines = [line for line in err.splitlines() if line.strip()] or [f"exit {code}"]
         if code == 64:
-            raise PiFailed(f"`{what}` was refused. Containers need Apple's container 0.9 or newer, and macOS 26. {lines[:1]}")
+            raise PiFailed(f"`{what}` was refused: containers need Apple's container 0.9 or newer, and macOS 26. {lines[0][:300]}")
         if code:
-            text = visible(re.sub(r"^Error: ", "", lines[-1] if words[0] == "build" and lines else (lines or [""])[0]))
-            raise PiFailed(f"`{what}` failed: {text[:300] or f'exit {code}'}")
+            text = visible(re.sub(r"^Error: |^/\S+/(?=container took)", "", lines[-1 if words[0] == "build" else 0]))
+            raise PiFailed(f"`{what}` failed: {text[:300]}")
         return out
 
+    async def records(self, *words: str) -> list[Any]:
+        """What a command answers with.  Raises PiFailed."""
+        try:
+            return arr(parse_json(await self.call(*words)))
+        except ValueError:
+            raise PiFailed(f"`container {words[0]}` did not answer with JSON") from None
+
     async def inspect(self, *words: str) -> Json:
-        """The record of an image, network or container; {} if there is none.  Raises PiFailed if that cannot be told."""
-        code, out, err = await self.ask(*words)
-        if code not in (0, 1) or (code and "XPC" in err):
-            raise PiFailed(f"`container {words[0]}` does not answer: {visible((err or out)[:200])}")
-        with contextlib.suppress(ValueError):
-            return obj(next(iter(arr(parse_json(out))), {})) if not code else {}
-        raise PiFailed(f"`container {words[0]}` did not answer with JSON")
+        """The record of an image, network or container; {} if there is none, for which a list that does not have it is the
+        proof: a tool in trouble fails as well.  Raises PiFailed."""
+        kind, name = words[:-2], words[-1]
+        try:
+            return obj(next(iter(await self.records(*words)), {}))
+        except PiFailed:
+            if name in (await self.call(*kind, "list", *() if kind else ("-a",), "-q")).split():
+                raise
+            return {}
 
     # what all of them need
 
@@ -5966,12 +5993,12 @@ class Containers:
             self._preparing = asyncio.ensure_future(self._prepare())
         await asyncio.wait([self._preparing], timeout=CONTAINER_WAIT_S)
         if not self._preparing.done():
-            raise PiFailed(f"Containers are being prepared ({self.problem or 'starting services'}). Try again in a few minutes.")
+            raise PiFailed(f"{self.problem}. Try again in a few minutes.")
         return self._preparing.result()
 
     async def _prepare(self) -> str:
         try:
-            self.problem = ""
+            self.problem = "Containers are being prepared: their services are started"
             await self._services()
             told = re.search(r"(\d+)\.(\d+)", await self.call("--version"))
             self.version = (int(told[1]), int(told[2])) if told else (1, 0)
@@ -5993,14 +6020,14 @@ class Containers:
             raise
 
     async def _services(self) -> None:
-        code, _, err = await self.ask("system", "status", limit=10)
+        code, _, err = await self.ask("system", "status")
         if code < 0:
             raise PiFailed(f"Apple's container services do not answer: {err}. Try: container system stop, container system start")
         if code:
             await self.call("system", "start", "--enable-kernel-install", limit=300)
 
     async def _build(self, image: str, text: str) -> None:
-        self.problem = "building the image"
+        self.problem = "Containers are being prepared: their image is built, which takes some minutes"
         log("container", f"building {image}; this takes some minutes")
         folder, begin = os.path.join(self.base, ".image"), time.monotonic()
         make_private(folder)
@@ -6022,7 +6049,7 @@ class Containers:
 
     async def _sweep(self) -> None:
         """Once: keep what runs for a workspace there still is, without the processes of an earlier server; remove the rest."""
-        for record in arr(parse_json(await self.call("list", "-a", "--format", "json"))):
+        for record in await self.records("list", "-a", "--format", "json"):
             labels = obj(obj(record.get("configuration")).get("labels"))
             name = str(record.get("id") or obj(record.get("configuration")).get("id"))
             if labels.get("oppi.owner") != self.owner:
@@ -6060,11 +6087,12 @@ class Containers:
 
     def mounts(self, workspace: Json) -> list[str]:
         """Arguments that show a container its folders, which are made here.  Raises PiFailed."""
-        work = os.path.realpath(self.work_folder(workspace))
+        work = self.work_folder(workspace)
+        work = os.path.realpath(work) if workspace.get("hostMount") else work
         if workspace.get("hostMount") and not os.path.isdir(work):
             raise PiFailed(f"Host workspace path not found: {work}")
         home, *taboo = (os.path.realpath(os.path.expanduser(place)) for place in ("~", *NO_MOUNT, agent_dir(), self.store.root))
-        secret = any(inside(work, place) or inside(place, work) for place in taboo) or inside(home, work)
+        secret = any(guarded(work, place) or guarded(place, work) for place in taboo) or guarded(home, work)
         if workspace.get("hostMount") and secret:
             raise PiFailed(f"{work} holds credentials or settings, and is not shown to a container. Choose another hostMount.")
         shown = [(work, "/work", "")]
@@ -6072,9 +6100,9 @@ class Containers:
         if workspace.get("memoryEnabled"):
             shown.append((os.path.join(self.base, "_memory", memory_name(workspace)), MEMORY_INSIDE, ""))
         for source, _, _ in shown:
+            if ":" in source or os.path.islink(source):
+                raise PiFailed(f"A link, or a folder with a colon in its name, cannot be shown to a container: {source}")
             make_private(source)
-            if ":" in source:
-                raise PiFailed(f"A folder with a colon in its name cannot be shown to a container: {source}")
         return [word for source, path, mode in shown for word in ("-v", f"{source}:{path}{mode}")]
 
     def run_words(self, workspace: Json, image: str) -> list[str]:
@@ -6126,7 +6154,7 @@ class Containers:
             labels = {"oppi.owner": self.owner, "oppi.workspace": workspace["id"], "oppi.mark": mark}
             marks = [word for item in labels.items() for word in ("-l", "=".join(item))]
             try:
-                await self.call("run", "-d", "--rm", "--name", name, *marks, *words, limit=90)
+                await self.call("run", "-d", "--rm", "--name", name, *marks, *words, limit=CONTAINER_RUN_S)
                 box = self._box(await self.inspect("inspect", name), name)
                 if not box:
                     raise PiFailed("The workspace's container ended as soon as it was started")
@@ -6144,27 +6172,29 @@ class Containers:
 
     async def remove(self, name: str) -> None:
         """Stop a container and see to it that it is gone, also one that the services have lost."""
-        code, _, _ = await self.ask("stop", "-t", "2", name, limit=8)
-        if code:
-            await self.ask("kill", name, limit=5)
-        await self.ask("delete", "-f", name, limit=10)
+        await self.ask("stop", "-t", "2", name, limit=5)
+        await self.ask("delete", "-f", name, limit=5)
 
     async def _end(self, box: Box, marks: str) -> bool:
         """End every process in a container that has a variable beginning so: no signal reaches them through the tool."""
-        return (await self.ask("exec", box.name, "/bin/sh", "-c", CONTAINER_END, "sh", marks, limit=15))[0] == 0
+        return (await self.ask("exec", box.name, "/bin/sh", "-c", CONTAINER_END, "sh", marks))[0] == 0
 
     async def end(self, workspace_id: str, marks: str) -> None:
         """The same by workspace; a container in which it cannot be done is removed."""
         box = self.boxes.get(workspace_id)
-        if box and not await self._end(box, marks) and await self.inspect("inspect", box.name):
-            log("container", f"{box.name}: processes could not be ended; it is removed")
-            await self.remove(box.name)
+        if not box or await self._end(box, marks) or await self._end(box, marks):
+            return
+        async with self.locks.setdefault(workspace_id, asyncio.Lock()):
+            if self.boxes.get(workspace_id) == box:
+                log("container", f"{box.name}: processes could not be ended; it is removed")
+                await self.remove(self.boxes.pop(workspace_id).name)
 
     async def stop(self, workspace_id: str) -> None:
         async with self.locks.setdefault(workspace_id, asyncio.Lock()):
-            box = None if self.guests.get(workspace_id) else self.boxes.pop(workspace_id, None)
+            box = None if self.guests.get(workspace_id) else self.boxes.get(workspace_id)
             if box:
                 await self.remove(box.name)
+                del self.boxes[workspace_id]  # not before: a server that stops meanwhile removes it as well
 
     async def forget(self, workspace: Json) -> None:
         """A workspace was deleted: nothing of it stays but what is in its own folder."""
@@ -6181,6 +6211,7 @@ class Containers:
         for key, box in list(self.boxes.items()):
             if not self.guests.get(key) and time.monotonic() - self.used.get(key, 0) > limit:
                 log("container", f"{box.name}: idle for {limit:.0f} s, stopping")
+                self.used[key] = time.monotonic()
                 asyncio.ensure_future(self.stop(key))
             elif self.guests.get(key) and key in self.store.workspaces and time.monotonic() - self._renewed > RENEW_S:
                 asyncio.ensure_future(self.renew(self.store.workspaces[key]))
@@ -6192,7 +6223,6 @@ class Containers:
         if self._preparing:
             self._preparing.cancel()
         await asyncio.gather(*(self.remove(box.name) for box in self.boxes.values()), return_exceptions=True)
-        self.boxes.clear()
 
     # what a session finds inside
 
@@ -6216,7 +6246,7 @@ class Containers:
         guard, skills, extensions = self.folder(workspace, "guard"), self.skills(workspace), extension_paths(workspace)
         for name in ("skills", "extensions", "bin", "fetch", "sessions"):
             make_private(os.path.join(guard, name))
-        write_file(os.path.join(guard, "oppi-gate.js"), GATE_EXTENSION.encode())
+        put(os.path.join(guard, "oppi-gate.js"), GATE_EXTENSION.encode())
         wanted = {"skills": {s["name"]: s["path"] for s in skills}, "extensions": {os.path.basename(p): p for p in extensions}}
         for kind, sources in wanted.items():
             for name, path in sources.items():
@@ -6225,14 +6255,16 @@ class Containers:
                 remove(os.path.join(guard, kind, name))
         for skill, script in SHIMS:
             shim, target = os.path.join(guard, "bin", script), f"../skills/{skill}/scripts/{script}"
-            remove(shim)
-            if os.path.isfile(os.path.join(guard, "bin", target)):
+            there = os.path.isfile(os.path.join(guard, "bin", target))
+            if there and not os.path.lexists(shim):
                 os.symlink(target, shim)
+            elif not there:
+                remove(shim)
         try:
             domains = read_regular(os.path.expanduser("~/.config/fetch/allowed_domains.txt"))
         except OSError:
             domains = "\n".join(FETCH_DOMAINS.split()).encode()
-        write_file(os.path.join(guard, "fetch", "allowed_domains.txt"), domains)
+        put(os.path.join(guard, "fetch", "allowed_domains.txt"), domains)
 
     def prepare_session(self, record: Json, workspace: Json, box: Box, grant: Grant, file: str) -> str:
         """Write what a session's pi is started with; its session file, brought to where the container sees it.  On a thread."""
@@ -6247,11 +6279,12 @@ class Containers:
         told = {skill["name"]: str(skill["description"]) for skill in self.skills(workspace)}
         text = container_prompt(record, workspace, box.gateway, told)
         write_file(os.path.join(folder, "prompt.md"), text.encode("utf-8", "replace"))
-        own = self.folder(workspace, "sessions")
-        make_private(os.path.join(own, record["id"]))
+        own, fresh = self.folder(workspace, "sessions"), self.folder(workspace, f".{new_id()}")
         if file and not inside(os.path.realpath(file), os.path.realpath(own)):
-            source, file = file, os.path.join(own, record["id"], os.path.basename(file))
-            copy_session(source, file)
+            name, folder = os.path.basename(file), os.path.join(own, f"{record['id']}-{new_id()}")
+            copy_session(file, os.path.join(fresh, name), "/work")
+            os.rename(fresh, folder)  # whole: an agent could put a link in place of a folder that is written to there
+            file = os.path.join(folder, name)
         return file
 
     def command(self, record: Json, workspace: Json, box: Box, epoch: str, pi: Sequence[str]) -> list[str]:
@@ -7033,9 +7066,8 @@ class LiveSession:
         model, before = state.get("model"), record.get("piSessionFile")
         if isinstance(model, dict) and model.get("provider") not in (None, "unknown"):
             self.set_model(model)
-        for name, target in (("sessionFile", "piSessionFile"), ("sessionId", "piSessionId")):
-            if isinstance(state.get(name), str):
-                record[target] = self.place.here(state[name])
+        names = {"piSessionFile": self.place.here(str(state.get("sessionFile") or "")), "piSessionId": state.get("sessionId")}
+        record.update({name: value for name, value in names.items() if value and isinstance(value, str)})
         path = record.get("piSessionFile")
         if path != before and self.state != "starting":  # the person left that conversation
             record["oppi"]["begun"] = path
@@ -7763,7 +7795,9 @@ def end_line(path: str) -> str:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
         return str(obj(parse_json(head)).get("cwd") or "")
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if re.fullmatch(CONTAINED, path) and isinstance(error, OSError):
+            raise PiFailed(f"The conversation's file cannot be read ({error}): {path}") from None
         return ""
 
 
@@ -7816,12 +7850,16 @@ def local_sessions(root: str, taken: set[str]) -> list[Json]:
     return found
 
 
-def copy_session(source: str, target: str) -> None:
-    """Copy the whole lines of a session file, which its pi may be writing to."""
+def copy_session(source: str, target: str, cwd: str = "") -> None:
+    """Copy the whole lines of a session file, which its pi may be writing to; pi refuses one whose `cwd` is not there.
+    Raises OSError."""
     with open_conversation(source) as file:
-        data = file.read()
+        head, rest = file.readline(), file.read()
+    header = obj(_object(head.decode("utf-8", "replace")))
+    if cwd and header.get("type") == "session":
+        head = encode({**header, "cwd": cwd}) + b"\n"
     make_private(os.path.dirname(target))
-    write_file(target, data[: data.rfind(b"\n") + 1])
+    write_file(target, head + rest[: rest.rfind(b"\n") + 1])
 
 
 class Sessions:
@@ -7944,7 +7982,10 @@ class Sessions:
         self.check_free(file, record["id"])
         marks = {"OPPI_SESSION": record["id"], "OPPI_OWNER": self.store.root, "OPPI_EPOCH": epoch}
         contained = in_container(workspace)
-        launch = await (self._contained if contained else self._on_host)(record, workspace, file, epoch)
+        try:
+            launch = await (self._contained if contained else self._on_host)(record, workspace, file, epoch)
+        except OSError as error:
+            raise PiFailed(f"The session's files cannot be prepared: {error}") from None
         record.update(runtime="container" if contained else "host", warnings=list(launch.warnings))
         return launch._replace(env={**launch.env, **marks})
 
@@ -7971,11 +8012,12 @@ class Sessions:
             )
         on_thread = functools.partial(asyncio.get_running_loop().run_in_executor, None)
         skills = await on_thread(self.store.skills.chosen, arr(workspace.get("skills")))
-        recorded = await on_thread(self._prepare, folder, file, workspace)
+        path, recorded = await on_thread(self._prepare, folder, file, workspace, cwd)
+        move_on(record, file, path)
         cwd = recorded if recorded and os.path.isdir(recorded) else cwd
         prompt = os.path.join(folder, "prompt.md") if workspace.get("systemPrompt") else ""
         gate, extensions = self.store.path("pi", "oppi-gate.js"), extension_paths(workspace)
-        argv = self._arguments(record, workspace, gate, folder, file, skills, extensions, prompt, version)
+        argv = self._arguments(record, workspace, gate, folder, path, skills, extensions, prompt, version)
         place = Place(cwd, os.path.expanduser("~"), self.store.root, agent_dir())
         return Launch([program, *argv], cwd, host_environment(self.settings(), self.store.root), version, place, (NOT_ISOLATED,))
 
@@ -7988,10 +8030,9 @@ class Sessions:
         await boxes.renew(workspace)
         skills = await on_thread(boxes.skills, workspace)
         path = await on_thread(boxes.prepare_session, record, workspace, box, grant, file)
-        if path != file:  # begun on this machine: it goes on with a copy that the container sees
-            record["piSessionFiles"] = [f for f in arr(record.get("piSessionFiles")) if f != file]
-            record["piSessionFile"] = path
-        await on_thread(end_line, path)
+        move_on(record, file, path)
+        if path:
+            await on_thread(end_line, path)
         place, guard = boxes.place(workspace), "/oppi/guard"
         argv = self._arguments(
             record, workspace, f"{guard}/oppi-gate.js", f"/oppi/sessions/{record['id']}", place.there(path),
@@ -8003,13 +8044,17 @@ class Sessions:
         env = {"HOME": os.path.expanduser("~"), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
         return Launch(boxes.command(record, workspace, box, epoch, argv), "/", env, self.pi.version or PI_INSIDE, place, warnings)
 
-    def _prepare(self, folder: str, file: str, workspace: Json) -> str:
-        """Write what pi is started with; the directory the session was recorded in."""
+    def _prepare(self, folder: str, file: str, workspace: Json, cwd: str) -> tuple[str, str]:
+        """Write what pi is started with; the session's file, and the directory it was recorded in.  A pi on this machine
+        gets a copy of what an agent in a container can exchange."""
         make_private(folder)
         write_file(self.store.path("pi", "oppi-gate.js"), GATE_EXTENSION.encode())
         if workspace.get("systemPrompt"):
             write_file(os.path.join(folder, "prompt.md"), str(workspace["systemPrompt"]).encode("utf-8", "replace"))
-        return end_line(file) if file else ""
+        if re.fullmatch(CONTAINED, file):
+            source, file = file, os.path.join(folder, new_id(), os.path.basename(file))
+            copy_session(source, file, cwd)
+        return file, end_line(file) if file else ""
 
     def gone(self, live: LiveSession) -> None:
         """A session's pi has ended: forget it, and end what the pi may have left running."""
@@ -8022,7 +8067,7 @@ class Sessions:
         mark = f"OPPI_EPOCH={live.epoch}"
         if not self.closing:
             asyncio.get_running_loop().run_in_executor(None, end_marked, mark)
-        if in_container(live.workspace):
+        if live.id in self.containers.guests.get(live.workspace_id, ()):
             asyncio.ensure_future(self.containers.end(live.workspace_id, mark))
             self.containers.leave(live.workspace_id, live.id)
 
@@ -8105,6 +8150,7 @@ class Sessions:
             await asyncio.get_running_loop().run_in_executor(None, copy_session, files[-1], copy)
             record.update(piSessionFile=copy, contextWindow=source.get("contextWindow"))
             live, wanted = await self.start(record["id"]), record["name"]
+            begun = (copy, record.get("piSessionFile"))
             if obj(await live.pi.request({"type": "fork", "entryId": entry_id}, START_LIMIT_S)).get("cancelled"):
                 raise PiFailed("An extension of pi has cancelled the fork")
             await live.refresh()
@@ -8112,7 +8158,7 @@ class Sessions:
         except (OppiError, OSError) as error:
             await self.delete(record["id"])
             raise error if isinstance(error, OppiError) else PiFailed(str(error)) from None
-        record["piSessionFiles"] = [f for f in arr(record.get("piSessionFiles")) if f != copy]
+        record["piSessionFiles"] = [f for f in arr(record.get("piSessionFiles")) if f not in begun]
         with contextlib.suppress(OSError):
             os.unlink(copy)
         live.save()
@@ -8151,6 +8197,12 @@ class Sessions:
             self.store.forget("client-logs", session_id, ending)
         self.hub.publish({"type": "session_deleted", "sessionId": session_id}, everyone=True)
 
+    async def forget(self, workspace: Json) -> None:
+        """A workspace with a container was deleted: end what runs in there, and the container."""
+        ours = [live for live in self.active.values() if live.workspace_id == workspace["id"]]
+        await asyncio.gather(*(live.terminate("server") for live in ours), return_exceptions=True)
+        await self.containers.forget(workspace)
+
     async def trace(self, session_id: str, view: str) -> list[bytes]:
         """TraceEvents as JSON, from a session's files; from pi's memory while there is no file yet."""
         files, held = session_files(self.record(session_id)), self.turns(session_id).book.held()
@@ -8184,7 +8236,8 @@ class Sessions:
 
     def sensitive(self, path: str) -> bool:
         own = (self.store.root, os.path.join(agent_dir(), "auth.json"))
-        return any(sensitive_file(path, place) for place in (*own, *map(os.path.realpath, own)))
+        boxed = re.fullmatch(f"(?s){re.escape(os.path.realpath(self.containers.base))}/[^/]+/workspace(/.*)", path)
+        return any(sensitive_file(boxed[1] if boxed else path, place) for place in (*own, *map(os.path.realpath, own)))
 
     async def difference(self, record: Json, path: str) -> bytes:
         """What a session did to a file, from first to last (http-api 2.9), as JSON.  Raises NotFound, Unavailable."""
@@ -8250,11 +8303,19 @@ class Sessions:
     async def close(self) -> None:
         """End every session, all at once, and every process any of them left."""
         self.closing = True
-        for task in list(self.starting.values()):
+        starting = list(self.starting.values())
+        for task in starting:
             task.cancel()
-        await asyncio.gather(*(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
+        await asyncio.gather(*starting, *(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
         mark = f"OPPI_OWNER={self.store.root}"
         await asyncio.gather(self.containers.close(), asyncio.get_running_loop().run_in_executor(None, end_marked, mark))
+
+
+def move_on(record: Json, file: str, path: str) -> None:
+    """A session goes on with a copy of its file, if `path` is one."""
+    if path != file:
+        record["piSessionFiles"] = [f for f in arr(record.get("piSessionFiles")) if f != file]
+        record["piSessionFile"] = path
 
 
 def own_path(record: Json, path: str) -> str:
@@ -8291,7 +8352,10 @@ def read_trace(files: Sequence[str], view: str, fast: bool = True) -> list[bytes
     long session as objects is ten times its size, and collecting that garbage stops the loop."""
     outlines: list[Json] = []
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(open_conversation(path)) for path in files if os.path.isfile(path)]
+        opened: list[IO[bytes]] = []
+        for path in files:
+            with contextlib.suppress(OSError):
+                opened.append(stack.enter_context(open_conversation(path)))
         for number, file in enumerate(opened):
             at = 0
             for line in file:
@@ -8319,11 +8383,15 @@ def read_headers(files: Iterable[str]) -> dict[str, Json]:
     queue = deque(files)
     while queue:
         path = queue.popleft()
-        with contextlib.suppress(OSError, ValueError):
-            header = parse_entry(read_regular(path, HEADER_LIMIT).partition(b"\n")[0]) if path not in headers else None
+        boxed = re.fullmatch(CONTAINED, path)
+        with contextlib.suppress(OSError, ValueError), open_conversation(path) as file:
+            header = parse_entry(file.readline(HEADER_LIMIT)) if path not in headers else None
             if header and header["type"] == "session" and _is_text(header.get("id")):
-                headers[path] = header
-                queue.extend([header["parentSession"]] if _is_text(header.get("parentSession")) else [])
+                source, headers[path] = str(header.get("parentSession") or ""), header
+                there = boxed and re.match(r"/oppi(?:-server-workspace)?/sessions(/.+)", os.path.normpath(source))
+                if boxed and there:  # what an agent says its conversation comes from is looked for beside that only
+                    header["parentSession"] = source = boxed[1] + there[1]
+                queue.extend([source] if source and bool(there) == bool(boxed) else [])
     return headers
 
 
@@ -9548,7 +9616,7 @@ class Api:
         if workspace is not None:
             self.server.store.forget("workspaces", key)
             if in_container(workspace):
-                asyncio.ensure_future(self.server.containers.forget(workspace))
+                asyncio.ensure_future(self.server.sessions.forget(workspace))
         return {"ok": True}
 
     # sessions
@@ -10045,16 +10113,18 @@ class Api:
                 require(value in choices, f"{name} must be one of: {', '.join(map(str, choices))}")
                 command[name] = value
         if kind == "switch_session":
-            command["sessionPath"] = self._check_switch(live, live.place.here(command["sessionPath"]))
+            command["sessionPath"] = self._check_switch(live, command["sessionPath"])
         if kind == "fork":
             command["entryId"] = entry_of(command["entryId"])
         return command
 
     def _check_switch(self, live: LiveSession, path: str) -> str:
         """What pi calls a file of this very session: P73 overwrites whatever else it is pointed at."""
-        own_folder = os.path.join(live.place.sessions, live.id) if live.place.sessions else self.server.store.path("pi", live.id)
+        boxes, path = live.place.sessions, live.place.here(path) or path
+        own_folder = os.path.join(boxes, live.id) if boxes else self.server.store.path("pi", live.id)
         real, folder = os.path.realpath(path), os.path.realpath(own_folder)
-        own = [os.path.realpath(f) for f in live.record.get("piSessionFiles") or []]
+        files = [f for f in live.record.get("piSessionFiles") or [] if bool(re.fullmatch(CONTAINED, f)) == bool(boxes)]
+        own = list(map(os.path.realpath, files))
         if real not in own and not (inside(real, folder) and real.endswith(".jsonl")):
             raise Forbidden("Not a file of this session")
         if not os.path.isfile(real):
