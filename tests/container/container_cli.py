@@ -159,11 +159,7 @@ class Store:
     def settle(self, db: Record) -> None:
         """A container whose keeper was killed has stopped, though nobody noted it."""
         for name, record in list(db["containers"].items()):
-            if (
-                record["status"] == "running"
-                and record.get("keeper")
-                and not os.path.exists(f"/proc/{record['keeper']}")
-            ):
+            if record["status"] == "running" and record.get("keeper") and not os.path.exists(f"/proc/{record['keeper']}"):
                 self.ended(db, name)
 
     def ended(self, db: Record, name: str) -> None:
@@ -519,9 +515,7 @@ class Cli:
         if bool(call.positionals) == bool(call.get("all")):
             both = call.positionals
             raise Failed(
-                "explicitly supplied ids conflict with the --all flag"
-                if both
-                else "no ids specified and --all not supplied",
+                "explicitly supplied ids conflict with the --all flag" if both else "no ids specified and --all not supplied",
                 "invalidArgument",
             )
         return list(known) if call.get("all") else list(dict.fromkeys(call.positionals))
@@ -603,9 +597,7 @@ class Cli:
         if found is None:
             repository, _, tag = name.partition("/")[2].rpartition(":")
             url = f"https://registry-1.docker.io/v2/{repository}/manifests/{tag}"
-            raise Failed(
-                f"HTTP request to {url} failed with response: 401 Unauthorized. Reason: access denied or wrong name"
-            )
+            raise Failed(f"HTTP request to {url} failed with response: 401 Unauthorized. Reason: access denied or wrong name")
         image = images.finish({**found, "layer": None}, self.store.config["contents"], stamp())
         db["images"][name] = {**image, "name": name}
         return {**image, "name": name}
@@ -1197,9 +1189,7 @@ class Cli:
                 self.store.forget(changed, name)
             return name
 
-        stopped = [
-            name for name, record in db["containers"].items() if call.get("force") or record["status"] != "running"
-        ]
+        stopped = [name for name, record in db["containers"].items() if call.get("force") or record["status"] != "running"]
         return self.each(self.ids(call, stopped), "delete container", delete)
 
     # -- looking at containers
@@ -1208,9 +1198,7 @@ class Cli:
         records = list(self.store.read()["containers"].values())
         everything = call.get("all") or (self.level < (1,) and call.get("format") == "json")
         shown = [r for r in records if everything or (r["status"] == "running" and not r.get("lost"))]
-        rows = [
-            ["ID", "IMAGE", "OS", "ARCH", "STATE", "IP" if self.level >= (1,) else "ADDR", "CPUS", "MEMORY", "STARTED"]
-        ]
+        rows = [["ID", "IMAGE", "OS", "ARCH", "STATE", "IP" if self.level >= (1,) else "ADDR", "CPUS", "MEMORY", "STARTED"]]
         for record in shown:
             value = self.shapes.container(record)
             state, config = value["status"], record["configuration"]
@@ -1262,9 +1250,7 @@ class Cli:
             members = jail.processes(record["pid"]) if record.get("pid") else []
             used = sum(map(resident, members))
             limit = record["configuration"]["resources"]["memoryInBytes"]
-            value = dict.fromkeys(
-                ("networkRxBytes", "networkTxBytes", "blockReadBytes", "blockWriteBytes", "cpuUsageUsec"), 0
-            )
+            value = dict.fromkeys(("networkRxBytes", "networkTxBytes", "blockReadBytes", "blockWriteBytes", "cpuUsageUsec"), 0)
             values.append(
                 {**value, "id": name, "memoryUsageBytes": used, "memoryLimitBytes": limit, "numProcesses": len(members)}
             )
@@ -1282,9 +1268,7 @@ class Cli:
             for other in db["networks"].values():
                 if overlap(subnet, other["subnet"]):
                     mine = f"{dotted(subnet[0])}/{subnet[1]}"
-                    raise Failed(
-                        f"IPv4 subnet {mine} overlaps an existing network with subnet {cidr_text(other)}", "exists"
-                    )
+                    raise Failed(f"IPv4 subnet {mine} overlaps an existing network with subnet {cidr_text(other)}", "exists")
             db["networks"][name] = network_record(
                 name,
                 subnet,
@@ -1325,9 +1309,7 @@ class Cli:
                     if name in [net["network"] for net in record["configuration"]["networks"]]
                 ]
                 if users:
-                    raise Failed(
-                        f"cannot delete subnet {name} with referring containers: {', '.join(users)}", "invalidState"
-                    )
+                    raise Failed(f"cannot delete subnet {name} with referring containers: {', '.join(users)}", "invalidState")
                 del db["networks"][name]
             return name
 

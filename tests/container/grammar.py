@@ -328,8 +328,7 @@ COMMANDS_TEXT: dict[str, tuple[str, str]] = {
     "image list": (f"{QUIET}\n-v,--verbose flag\n{FORMAT}", ""),
     "image inspect": ("", "<images>+"),
     "image pull": (
-        "--platform platform\n-a,--arch arch\n--os os\n--scheme scheme\n--progress progress\n"
-        "--max-concurrent-downloads int",
+        "--platform platform\n-a,--arch arch\n--os os\n--scheme scheme\n--progress progress\n--max-concurrent-downloads int",
         "<reference>",
     ),
     "image tag": ("", "<source> <target>"),
@@ -483,9 +482,7 @@ def check_count(positionals: str, given: list[str]) -> None:
     if not (names and last in "*+") and len(given) > len(names):
         extra = ", ".join(f"'{word}'" for word in given[len(names) :])
         several = len(given) - len(names) > 1
-        raise Usage(
-            f"{len(given) - len(names)} unexpected arguments: {extra}" if several else f"Unexpected argument {extra}"
-        )
+        raise Usage(f"{len(given) - len(names)} unexpected arguments: {extra}" if several else f"Unexpected argument {extra}")
 
 
 def conflicts(key: str, call: Call) -> None:

@@ -17,9 +17,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -142,9 +144,7 @@ class Apple:
         container_cli.save(str(self.state / "config.json"), given)
         self.program = self.bin / "container"
         cache = str(self.folder / "cache")
-        self.program.write_text(
-            WRAPPER.format(python=sys.executable, cache=cache, root=str(ROOT), state=str(self.state))
-        )
+        self.program.write_text(WRAPPER.format(python=sys.executable, cache=cache, root=str(ROOT), state=str(self.state)))
         self.program.chmod(0o755)
         self.store = container_cli.Store(str(self.state))
 
@@ -221,9 +221,7 @@ class Apple:
     def execs(self, name: str) -> dict[int, list[str]]:
         """pid here and argv of what `exec` has running in a container."""
         records = [container_cli.load(str(path), None) for path in self._exec_files(name)]
-        return {
-            record["pid"]: record["argv"] for record in records if record and Path(f"/proc/{record['pid']}").exists()
-        }
+        return {record["pid"]: record["argv"] for record in records if record and Path(f"/proc/{record['pid']}").exists()}
 
     def _exec_files(self, name: str) -> list[Path]:
         return list((self.state / "containers" / name / "execs").glob("*.json"))
@@ -346,3 +344,27 @@ def alive(pid: int) -> bool:
 def internet(address: str) -> None:
     """Makes an address of the namespace's own stand for a host outside: only routed networks reach it."""
     jail.ip(f"addr add {address}/32 dev lo")
+
+
+@contextlib.contextmanager
+def forwarder(address: str, target: int) -> Iterator[int]:
+    """What stands between a container and a server on the host's loopback; yields its port."""
+    with socket.create_server((address, 0)) as server:
+
+        def pump(source: socket.socket, other: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    other.sendall(data)
+                other.shutdown(socket.SHUT_WR)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    peer, _ = server.accept()
+                    upstream = socket.create_connection(("127.0.0.1", target))
+                    for pair in ((peer, upstream), (upstream, peer)):
+                        threading.Thread(target=pump, args=pair, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)

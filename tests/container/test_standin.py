@@ -21,7 +21,7 @@ from typing import Any, Callable
 import pytest
 
 from tests.container import grammar, images, jail
-from tests.container.rig import ROOT, Apple, alive, internet
+from tests.container.rig import ROOT, Apple, alive, forwarder, internet
 from tests.support.mock_llm import MockLLM
 from tests.support.server import Server
 
@@ -372,10 +372,7 @@ def test_an_image_is_what_its_dockerfile_says(apple: Apple, context: Path) -> No
     assert done.stdout == "mine:1\nmine:2\n" and "DONE" in done.stderr
     ran = apple.call("run", "--rm", "mine:1", "word")
     assert ran.stdout == "hello from pi in /work/sub with -x word: hello there, form of it\n"
-    assert (
-        apple.ok("run", "--rm", "--entrypoint", "cat", "mine:1", "/opt/note", "/opt/folder/inside")
-        == "written here\ninside"
-    )
+    assert apple.ok("run", "--rm", "--entrypoint", "cat", "mine:1", "/opt/note", "/opt/folder/inside") == "written here\ninside"
     config = apple.json("image", "inspect", "mine:2")[0]["variants"][0]["config"]["config"]
     assert config["User"] == "pi" and config["WorkingDir"] == "/work/sub" and config["Entrypoint"] == ["hello", "-x"]
     assert config["Cmd"] == ["last"] and "UV_CACHE_DIR=/uv-cache" in config["Env"]
@@ -500,7 +497,7 @@ def test_the_end_of_the_first_process_ends_all(box: Apple) -> None:
     cli = box.open("exec", "-i", "short", "sleep", "2000")
     until(lambda: {"sleep 1000", "sleep 2000"} <= set(box.processes("short").values()), "both")
     inside = box.processes("short")
-    shell(box, "short", "echo > /tmp/go")
+    box.call("exec", "short", "sh", "-c", "echo > /tmp/go")  # which may be killed with the rest
     until(lambda: state(box, "short") == "stopped", "the end")
     assert cli.wait(10) == 137
     assert not any(alive(pid) for pid in inside)
@@ -508,9 +505,7 @@ def test_the_end_of_the_first_process_ends_all(box: Apple) -> None:
 
 
 def test_a_foreground_run_returns_what_the_process_returns(box: Apple) -> None:
-    done = box.call(
-        "run", "--rm", "--entrypoint", "sh", IMAGE, "-c", "cat; echo out; echo err >&2; exit 7", input="unread"
-    )
+    done = box.call("run", "--rm", "--entrypoint", "sh", IMAGE, "-c", "cat; echo out; echo err >&2; exit 7", input="unread")
     assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
     assert box.ok("run", "--rm", "-i", "--entrypoint", "cat", IMAGE, input="read") == "read"
     assert box.call("run", "--rm", "--init", "--entrypoint", "sh", IMAGE, "-c", "kill -9 $$").returncode == 137
@@ -600,9 +595,7 @@ def test_stdin_is_given_only_on_request(box: Apple) -> None:
     assert box.ok("exec", "-i", "box", "cat", input=long) == long
 
 
-@pytest.mark.parametrize(
-    ("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -9 $$", 137)]
-)
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -9 $$", 137)])
 def test_the_exit_code_of_an_exec(box: Apple, script: str, code: int) -> None:
     assert box.call("exec", "box", "sh", "-c", script).returncode == code
 
@@ -725,9 +718,7 @@ def test_mounts_and_their_modes(box: Apple) -> None:
         "--mount", f"type=bind,source={home}/outer/inner,target=/inner,readonly", "--tmpfs", "/scratch",
         "--mount", "type=tmpfs,target=/small,size=1M,mode=1777", "-v", "cache:/cache", "-u", "0",
     )  # fmt: skip
-    assert (
-        shell(box, "mounts", "cat /a/b/c/file /a/inner/file /read/file /inner/file") == "deepouter/innerreadouter/inner"
-    )
+    assert shell(box, "mounts", "cat /a/b/c/file /a/inner/file /read/file /inner/file") == "deepouter/innerreadouter/inner"
     for place, message in (("/read/x", "Read-only"), ("/inner/x", "Read-only"), ("/small/x", "No space")):
         done = box.call("exec", "mounts", "dd", "if=/dev/zero", f"of={place}", "bs=2M", "count=1")
         assert done.returncode == 1 and message in done.stderr
@@ -1031,30 +1022,6 @@ def test_the_real_pi_runs_inside(box: Apple) -> None:
     assert not box.execs("box")
 
 
-@contextlib.contextmanager
-def forwarder(address: str, target: int) -> Iterator[int]:
-    """What stands between a container and a server on the host's loopback; yields its port."""
-    with socket.create_server((address, 0)) as server:
-
-        def pump(source: socket.socket, other: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    other.sendall(data)
-                other.shutdown(socket.SHUT_WR)
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    peer, _ = server.accept()
-                    upstream = socket.create_connection(("127.0.0.1", target))
-                    for pair in ((peer, upstream), (upstream, peer)):
-                        threading.Thread(target=pump, args=pair, daemon=True).start()
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)
-
-
 def test_a_turn_of_the_real_pi_through_the_gateway(box: Apple) -> None:
     agent = box.home / "work" / "turn"
     agent.mkdir()
@@ -1072,9 +1039,7 @@ def test_a_turn_of_the_real_pi_through_the_gateway(box: Apple) -> None:
 def test_a_server_finds_the_stand_in_and_the_scripted_pi_can_be_inside() -> None:
     with Apple(fake={"DIALECT": "0.87"}) as apple, Server(env=apple.env) as server:
         assert server.pair("1.1").token
-        found = subprocess.run(
-            ["sh", "-c", "command -v container"], env=server.env, capture_output=True, text=True, check=True
-        )
+        found = subprocess.run(["sh", "-c", "command -v container"], env=server.env, capture_output=True, text=True, check=True)
         assert found.stdout.strip() == str(apple.program)
         apple.build()
         start(apple, "ws1", "--network", "none")
