@@ -103,14 +103,7 @@ def save(path: str, value: Any) -> None:
 
 def first_state(kernel: bool) -> Record:
     default = network_record("default", (192 << 24 | 168 << 16 | 64 << 8, 24), 0)
-    return {
-        "services": True,
-        "kernel": kernel,
-        "containers": {},
-        "images": {},
-        "networks": {"default": default},
-        "bridges": 1,
-    }
+    return {"services": True, "kernel": kernel, "containers": {}, "images": {}, "networks": {"default": default}, "bridges": 1}
 
 
 class Store:
@@ -270,6 +263,10 @@ def seconds(date: str) -> float:
     return float(calendar.timegm(time.strptime(date, "%Y-%m-%dT%H:%M:%SZ")) - EPOCH_2001)
 
 
+def image_descriptor(image: Record) -> Record:
+    return {"mediaType": "application/vnd.oci.image.index.v1+json", "digest": image["digest"], "size": 4000}
+
+
 class Shapes:
     """The JSON forms of things, which changed with 1.0."""
 
@@ -301,12 +298,8 @@ class Shapes:
             return {"id": record["name"], "state": "running", "config": configuration, "status": {**status, **old}}
         return {"id": record["name"], "configuration": configuration, "status": status}
 
-    def descriptor(self, image: Record) -> Record:
-        media = "application/vnd.oci.image.index.v1+json"
-        return {"mediaType": media, "digest": image["digest"], "size": 4000}
-
     def image(self, image: Record) -> Record:
-        descriptor = self.descriptor(image)
+        descriptor = image_descriptor(image)
         if self.old:
             return {"reference": image["name"], "fullSize": "4 KB", "descriptor": descriptor}
         system = {"architecture": "arm64", "os": "linux"}
@@ -413,17 +406,54 @@ def one_share_each(mounts: list[Record], warnings: list[str]) -> list[Record]:
 
 
 def mount_json(item: Record) -> Record:
-    kinds: Record = {
-        "bind": {"virtiofs": {}},
-        "tmpfs": {"tmpfs": {}},
-    }
+    kinds: Record = {"bind": {"virtiofs": {}}, "tmpfs": {"tmpfs": {}}}
     options = ["ro"] if item["ro"] else []
-    return {
-        "type": kinds[item["kind"]],
-        "source": item["source"] or "tmpfs",
-        "destination": item["target"],
-        "options": options,
+    return {"type": kinds[item["kind"]], "source": item["source"] or "tmpfs", "destination": item["target"], "options": options}
+
+
+def configuration_json(call: Call, record: Record, image: Record, user: Record) -> Record:
+    """What `inspect` shows of it."""
+    process, mtu = record["process"], 1280
+    first = {
+        "executable": process["argv"][0],
+        "arguments": process["argv"][1:],
+        "environment": process["env"],
+        "workingDirectory": process["cwd"],
+        "terminal": False,
+        "user": user,
+        "supplementalGroups": [],
+        "rlimits": [{"limit": f"RLIMIT_{n.upper()}", "soft": s, "hard": h} for n, s, h in process["rlimits"]],
     }
+    networks = [
+        {"network": net["name"], "options": {"hostname": record["id"], "mtu": int(net.get("mtu", mtu))}} for net in record["nets"]
+    ]
+    memory, processors = (call.get(key, SMALLEST[key]) for key in ("memory", "cpus"))
+    found = {
+        "id": record["id"],
+        "image": {"reference": image["name"], "descriptor": image_descriptor(image)},
+        "mounts": [mount_json(item) for item in record["mounts"]],
+        "publishedPorts": [],
+        "publishedSockets": [],
+        "labels": dict(call.get("label", [])),
+        "sysctls": {},
+        "networks": networks,
+        "dns": {"nameservers": record["dns"] or [], "searchDomains": [], "options": []},
+        "rosetta": False,
+        "initProcess": first,
+        "platform": {"os": "linux", "architecture": "arm64", "variant": "v8"},
+        "resources": {"cpus": processors, "memoryInBytes": memory},
+        "runtimeHandler": "container-runtime-linux",
+        "virtualization": False,
+        "ssh": False,
+        "readOnly": record["readOnly"],
+        "useInit": record["init"],
+        "capAdd": call.get("cap-add", []),
+        "capDrop": call.get("cap-drop", []),
+        "creationDate": stamp(),
+    }
+    if call.get("no-dns"):
+        del found["dns"]
+    return found
 
 
 def bounding_set(call: Call) -> list[str]:
@@ -747,53 +777,8 @@ class Cli:
         }
         record["dns"] = call.get("dns", record["dns"])
         user_json = {"raw": {"userString": user}} if not user[:1].isdigit() else {"id": {"uid": uid, "gid": gid}}
-        record["configuration"] = self.configuration(call, record, image, user_json)
+        record["configuration"] = configuration_json(call, record, image, user_json)
         return record
-
-    def configuration(self, call: Call, record: Record, image: Record, user: Record) -> Record:
-        """What `inspect` shows of it."""
-        process, mtu = record["process"], 1280
-        first = {
-            "executable": process["argv"][0],
-            "arguments": process["argv"][1:],
-            "environment": process["env"],
-            "workingDirectory": process["cwd"],
-            "terminal": False,
-            "user": user,
-            "supplementalGroups": [],
-            "rlimits": [{"limit": f"RLIMIT_{n.upper()}", "soft": s, "hard": h} for n, s, h in process["rlimits"]],
-        }
-        networks = [
-            {"network": net["name"], "options": {"hostname": record["id"], "mtu": int(net.get("mtu", mtu))}}
-            for net in record["nets"]
-        ]
-        memory, processors = (call.get(key, SMALLEST[key]) for key in ("memory", "cpus"))
-        found = {
-            "id": record["id"],
-            "image": {"reference": image["name"], "descriptor": self.shapes.descriptor(image)},
-            "mounts": [mount_json(item) for item in record["mounts"]],
-            "publishedPorts": [],
-            "publishedSockets": [],
-            "labels": dict(call.get("label", [])),
-            "sysctls": {},
-            "networks": networks,
-            "dns": {"nameservers": record["dns"] or [], "searchDomains": [], "options": []},
-            "rosetta": False,
-            "initProcess": first,
-            "platform": {"os": "linux", "architecture": "arm64", "variant": "v8"},
-            "resources": {"cpus": processors, "memoryInBytes": memory},
-            "runtimeHandler": "container-runtime-linux",
-            "virtualization": False,
-            "ssh": False,
-            "readOnly": record["readOnly"],
-            "useInit": record["init"],
-            "capAdd": call.get("cap-add", []),
-            "capDrop": call.get("cap-drop", []),
-            "creationDate": stamp(),
-        }
-        if call.get("no-dns"):
-            del found["dns"]
-        return found
 
     # -- starting
 
@@ -1252,12 +1237,7 @@ def builder_record() -> Record:
         "init": False,
         "stopSignal": None,
     }
-    configuration = Cli.configuration(_Shaper(), call, record, image, {"id": {"uid": 0, "gid": 0}})  # type: ignore[arg-type]
-    return {**record, "configuration": configuration}
-
-
-class _Shaper:
-    shapes = Shapes("1.0")
+    return {**record, "configuration": configuration_json(call, record, image, {"id": {"uid": 0, "gid": 0}})}
 
 
 # -- the program -------------------------------------------------------------------------------------------------------

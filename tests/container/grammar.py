@@ -300,10 +300,7 @@ COMMANDS_TEXT: dict[str, tuple[str, str]] = {
     "network list": (f"{QUIET}\n{FORMAT}", ""),
     "network inspect": ("", "<networks>+"),
     "network delete": (ALL, "<networks>*"),
-    "system start": (
-        "--enable-kernel-install flag\n--disable-kernel-install flag\n--timeout int >=0.10",
-        "",
-    ),
+    "system start": ("--enable-kernel-install flag\n--disable-kernel-install flag\n--timeout int >=0.10", ""),
     "system status": ("-p,--prefix word\n--format format >=0.10", ""),
     "system stop": ("-p,--prefix word", ""),
     "system version": (FORMAT, ""),

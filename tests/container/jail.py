@@ -580,10 +580,7 @@ def end_with(owner: int, init: int) -> None:
 
 
 def keep(
-    plan: dict[str, Any],
-    control: socket.socket,
-    attached: tuple[int | None, int, int] | None,
-    changed: Callable[..., None],
+    plan: dict[str, Any], control: socket.socket, attached: tuple[int | None, int, int] | None, changed: Callable[..., None]
 ) -> None:
     """The life of a running container; `changed(pid=…)` and `changed(exit=…)` record it."""
     keep_only(control.fileno(), *[fd for fd in attached or () if fd is not None], errors=plan["keeperLog"])
@@ -608,9 +605,7 @@ def keep(
 
 
 def start(
-    plan: dict[str, Any],
-    changed: Callable[..., None],
-    attached: tuple[int | None, int, int] | None = None,
+    plan: dict[str, Any], changed: Callable[..., None], attached: tuple[int | None, int, int] | None = None
 ) -> socket.socket:
     """Starts a container and returns the CLI's end of the socket to its keeper."""
     ours, theirs = socket.socketpair()
@@ -649,10 +644,7 @@ class Relay:
         keep_only(self.control.fileno(), *stdio, *ends, errors=self.held["log"])
         report, reported = os.pipe()
         space = os.open(f"/proc/{self.init}/ns/pid", os.O_RDONLY)
-        child = Child(
-            lambda: checked("setns", space, CLONE["pid"]),
-            lambda: enter(self.init, self.process, stdio, reported),
-        )
+        child = Child(lambda: checked("setns", space, CLONE["pid"]), lambda: enter(self.init, self.process, stdio, reported))
         self.pid = child.pid
         os.close(reported)
         for descriptor in stdio:

@@ -319,18 +319,18 @@ class Apple:
 
     def leftovers(self) -> list[tuple[int, str]]:
         """Live processes that belong to this stand-in: those in a container, then its helpers and calls."""
-        mine = f"{self.bin}/container"
-        inside = self._inside()
-        found = [(int(entry.name), command_line(int(entry.name))) for entry in Path("/proc").glob("[0-9]*")]
-        helpers = [(pid, line) for pid, line in found if mine in line and pid not in inside and pid != os.getpid()]
-        return [(pid, line) for pid, line in found if pid in inside and line] + helpers
+        mine, inside = f"{self.bin}/container", self._inside()
+        lines = {int(entry.name): command_line(int(entry.name)) for entry in Path("/proc").glob("[0-9]*")}
+        helpers = [pid for pid, line in lines.items() if mine in line and pid not in inside and pid != os.getpid()]
+        return [(pid, lines[pid]) for pid in [*filter(lines.get, inside), *helpers]]
 
     def _inside(self) -> set[int]:
         """What has a root folder of this stand-in in its mounts."""
-        found = set()
+        found, outside = set(), os.readlink("/proc/self/ns/mnt")
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if f"{self.state}/containers/" in (entry / "mountinfo").read_text():
+                other = os.readlink(entry / "ns/mnt") != outside
+                if other and f"{self.state}/containers/" in (entry / "mountinfo").read_text():
                     found.add(int(entry.name))
         return found
 

@@ -114,31 +114,25 @@ def session_files(apple: Apple) -> list[Path]:
     return sorted((apple.home / "sessions").glob("*.jsonl"))
 
 
-def test_pi_answers_and_ends_with_its_input(box: Apple) -> None:
-    pi = Pi(box, *MODEL)
-    state = pi.command("get_state")["data"]
-    assert (state["model"]["id"], state["thinkingLevel"]) == ("mock-1", "low")  # models.json and settings.json are read
-    assert pi.asked == [{"hello": 1}]
-    assert pi.end() == ""
-    assert not box.execs("box")
-
-
 def test_a_turn_with_tools_and_its_continuation(box: Apple) -> None:
     before = session_files(box)
     pi = Pi(box, *MODEL)
+    state = pi.command("get_state")["data"]
+    assert (state["model"]["id"], state["thinkingLevel"]) == ("mock-1", "low")  # models.json and settings.json are read
     prompt = '!tool bash {"command": "id -un; seq 30000"}\n!tool write {"path": "/work/new", "content": "made"}\n!say Done.'
     pi.turn(prompt)
     assert [question.get("tool") for question in pi.asked] == [None, "bash", "write"]
     assert pi.end() == ""
+    assert not box.execs("box")
     made = box.home / "work" / "new"
     assert made.read_text() == "made" and made.stat().st_uid == os.geteuid()
     (file,) = set(session_files(box)) - set(before)
-    assert "pi\\n1\\n2" in file.read_text() or "30000" in file.read_text()
+    assert "30000" in file.read_text()
     again = Pi(box, *MODEL, "--session", f"/sessions/{file.name}", agent="/tmp/again")
-    assert again.command("get_state")["data"]["messageCount"] > 3
     again.turn("!say More.")
     again.end()
-    assert "More." in file.read_text() and set(session_files(box)) - set(before) == {file}
+    assert file.read_text().count("Done.") > 1 and "More." in file.read_text()
+    assert set(session_files(box)) - set(before) == {file}
 
 
 def test_a_read_only_agent_folder_is_not_enough(box: Apple) -> None:
@@ -151,20 +145,13 @@ def test_a_read_only_agent_folder_is_not_enough(box: Apple) -> None:
 
 
 def test_the_agent_cannot_plant_another_gate_in_a_cache(box: Apple) -> None:
-    """pi keeps what it compiled of an extension in /tmp and takes it from there, whatever the extension has become."""
-
-    def hello(number: int, **environment: str) -> Any:
+    """pi keeps what it compiled of an extension in /tmp and takes it from there, unless it is told not to."""
+    for number, environment in enumerate(({}, NO_CACHES)):
         pi = Pi(box, agent=f"/tmp/agent{number}", **environment)
         pi.command("get_state")
         pi.end()
-        return pi.asked
-
-    assert hello(1, **NO_CACHES) == [{"hello": 1}]
-    assert box.ok("exec", "box", "ls", "/tmp") == "agent1"
-    assert hello(2) == [{"hello": 1}]
-    box.ok("exec", "box", "sh", "-c", "sed -i 's/hello: 1/hello: 666/' /tmp/jiti/*gate*")
-    assert hello(3) == [{"hello": 666}]
-    assert hello(4, **NO_CACHES) == [{"hello": 1}]
+        assert pi.asked == [{"hello": 1}]
+        box.ok("exec", "box", "sh", "-c", "sed -i 's/hello: 1/hello: 666/' /tmp/jiti/*gate*")
 
 
 def test_a_process_that_outlived_its_cli_ends_by_a_second_exec(box: Apple) -> None:

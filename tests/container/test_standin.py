@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -21,8 +20,7 @@ from typing import Any, Callable
 import pytest
 
 from tests.container import grammar, images, jail
-from tests.container.rig import ROOT, Apple, alive, forwarder, internet
-from tests.support.mock_llm import MockLLM
+from tests.container.rig import ROOT, Apple, alive, internet
 from tests.support.server import Server
 
 IMAGE = "oppi-test:local"
@@ -215,21 +213,11 @@ ANSWERS = [  # argv, exit code, the first line of stderr, what else it contains
     (["stop", "-a", "box"], 1, "Error: explicitly supplied ids conflict with the --all flag\n", ""),
     (["delete", "box"], 1, "Error: internalError", "is running"),
     (["run", "--name", "box", IMAGE], 1, "Error: container with id box already exists\n", ""),
-    (
-        ["run", "oppi-server:local"],
-        1,
-        "Error: HTTP request to https://registry-1.docker.io/v2/library/oppi-server",
-        "401",
-    ),
+    (["run", "oppi-server:local"], 1, "Error: HTTP request to https://registry-1.docker.io/v2/library/oppi-server", "401"),
     (["run", "--network", "nowhere", IMAGE], 1, "Error: network nowhere not found\n", ""),
     (["run", "-u", "stranger", IMAGE], 1, "Error: unable to find user stranger", ""),
     (["run", "-v", "/not/there:/a", IMAGE], 1, "Error: path '/not/there' does not exist\n", ""),
-    (
-        ["run", "--mount", "type=bind,source=/etc/passwd,target=/a", IMAGE],
-        1,
-        "Error: path '/etc/passwd' is not a dir",
-        "",
-    ),
+    (["run", "--mount", "type=bind,source=/etc/passwd,target=/a", IMAGE], 1, "Error: path '/etc/passwd' is not a dir", ""),
     (["exec", "box", "no-such-program"], 1, "Error: failed to start container", "no-such-program"),
     (["run", "--rm", "--entrypoint", "nothing", IMAGE], 1, "Error: failed to start container", "nothing"),
     (["network", "create", "oppi"], 1, "Error: network oppi already exists\n", ""),
@@ -793,13 +781,7 @@ def test_who_reaches_whom(box: Apple) -> None:
     assert closed["configuration"]["mode"] == "hostOnly"
     start(box, "inner", "--network", "closed")
     start(box, "lonely", "--network", "none")
-    start(
-        box,
-        "listener",
-        "--network",
-        "oppi",
-        command=("-c", "node -e \"net.createServer(s => s.end('hi\\n')).listen(9099)\""),
-    )
+    start(box, "listener", "--network", "oppi", command=("-c", "node -e \"net.createServer(s => s.end('hi\\n')).listen(9099)\""))
     internet("203.0.113.7")
     with greeter("203.0.113.7") as outside, greeter("127.0.0.1") as local, greeter("0.0.0.0") as everywhere:
         assert reach(box, "box", "203.0.113.7", outside)
@@ -990,40 +972,7 @@ def test_two_starts_at_once_make_one_container(box: Apple) -> None:
     box.ok("delete", "-f", "race")
 
 
-# -- the real pi -------------------------------------------------------------------------------------------------------
-
-
-def test_the_real_pi_runs_inside(box: Apple) -> None:
-    assert box.ok("exec", "box", "pi", "--version", env={"PI_OFFLINE": "1"}) == "0.87.1"
-    options = ("-i", "-e", "PI_OFFLINE=1", "-e", "PI_CODING_AGENT_DIR=/work/agent")
-    cli = box.open("exec", *options, "box", "pi", "--mode", "rpc", "--no-extensions")
-    assert cli.stdin and cli.stdout
-    cli.stdin.write(b'{"type": "get_state", "id": "1"}\n')
-    cli.stdin.flush()
-    answer = None
-    deadline = time.monotonic() + 30
-    while answer is None and time.monotonic() < deadline and select.select([cli.stdout], [], [], 30)[0]:
-        line = json.loads(cli.stdout.readline())
-        answer = line if line.get("id") == "1" else None
-    assert answer and answer["command"] == "get_state" and answer["success"]
-    assert answer["data"]["sessionId"] and answer["data"]["isStreaming"] is False
-    cli.stdin.close()
-    assert cli.wait(20) == 0
-    assert not box.execs("box")
-
-
-def test_a_turn_of_the_real_pi_through_the_gateway(box: Apple) -> None:
-    agent = box.home / "work" / "turn"
-    agent.mkdir()
-    with MockLLM() as llm, forwarder("10.201.7.1", llm.port) as port:
-        (agent / "models.json").write_text(llm.models_json().replace(f"127.0.0.1:{llm.port}", f"10.201.7.1:{port}"))
-        environment = ("-e", "PI_OFFLINE=1", "-e", "PI_CODING_AGENT_DIR=/work/turn")
-        model = ("--provider", "mock", "--model", "mock-1", "--no-extensions", "--no-session")
-        prompt = '!tool bash {"command": "hostname; id -un; pwd > /work/turn/made"}\n!say All done.'
-        assert box.ok("exec", "-i", *environment, "box", "pi", *model, "-p", prompt) == "All done."
-        (result,) = [message for message in llm.requests[-1]["messages"] if message["role"] == "tool"]
-        assert "box\npi" in str(result["content"]) or "box\\npi" in str(result["content"])
-    assert (agent / "made").read_text() == "/work\n"
+# -- with oppi ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_finds_the_stand_in_and_the_scripted_pi_can_be_inside() -> None:
