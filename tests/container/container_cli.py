@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A strict stand-in for Apple's `container`: what oppi relies on, on Linux, without a Mac.
 
 The command line is that of 1.x (or, by "version" in the configuration, of 0.9 and what lies between): what the real
@@ -27,9 +26,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
-if __name__ == "__main__":
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-
 from tests.container import grammar
 from tests.container.grammar import MIB, Call, Usage, parse, usage, version_tuple
 
@@ -41,8 +37,8 @@ Record = dict[str, Any]
 CONFIG: Record = {
     "version": "1.2.2",
     "macos": 26,  # 15 has no networks
-    "kernel": True,  # False: `system start` asks for one
-    "online": True,  # False: nothing can be pulled
+    "kernel": True,  # False: `system start` asks for one, and nothing runs without
+    "online": True,  # False: nothing can be pulled or built
     "contents": [],  # what images have from this machine: {"when": pattern, "paths": {inside: here}, "links": {}}
     "tag": "",  # what tells the bridges of several stand-ins apart; at most six characters
     "owner": 1,  # the process whose end ends all containers
@@ -52,6 +48,7 @@ CONFIG: Record = {
 EPOCH_2001 = 978307200  # s; what dates counted from before 1.0
 OUTPUT_GRACE = 3.0  # s the CLI waits for output streams to close after the process ended
 STOP_GRACE = 5  # s
+FAULT = 70  # exit code for what is no answer of the tool's
 SERVICELESS = ("system start", "system status", "system stop", "system version")
 CONTAINER_OF_BUILDS = "buildkit"
 SMALLEST = {"cpus": 4, "memory": 1024 * MIB}
@@ -59,7 +56,7 @@ XPC = (
     'interrupted: "XPC connection error: Connection invalid"\n'
     "Ensure container system service has been started with `container system start`."
 )
-TERMINAL_REQUIRED = "standard input is not a terminal"
+NO_KERNEL = "default kernel not configured for architecture arm64, please use the `container system kernel set` command"
 
 
 class Failed(Exception):
@@ -104,25 +101,9 @@ def save(path: str, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def save_text(path: str, text: str) -> None:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror}", "invalidArgument") from None
-
-
-def first_state() -> Record:
+def first_state(kernel: bool) -> Record:
     default = network_record("default", (192 << 24 | 168 << 16 | 64 << 8, 24), 0)
-    return {
-        "services": True,
-        "containers": {},
-        "images": {},
-        "networks": {"default": default},
-        "volumes": {},
-        "bridges": 1,
-        "logs": 0,
-    }
+    return {"services": True, "kernel": kernel, "containers": {}, "images": {}, "networks": {"default": default}, "bridges": 1}
 
 
 class Store:
@@ -145,25 +126,21 @@ class Store:
     def change(self) -> Iterator[Record]:
         """The state, saved if nothing goes wrong; nobody else can read or change it meanwhile."""
         with self.locked("db"):
-            db = load(self.path("db.json"), None) or first_state()
+            db = load(self.path("db.json"), None) or first_state(self.config["kernel"])
             self.settle(db)
             yield db
             save(self.path("db.json"), db)
 
     def read(self) -> Record:
         with self.locked("db"):
-            db: Record = load(self.path("db.json"), None) or first_state()
+            db: Record = load(self.path("db.json"), None) or first_state(self.config["kernel"])
             self.settle(db)
             return db
 
     def settle(self, db: Record) -> None:
         """A container whose keeper was killed has stopped, though nobody noted it."""
         for name, record in list(db["containers"].items()):
-            if (
-                record["status"] == "running"
-                and record.get("keeper")
-                and not os.path.exists(f"/proc/{record['keeper']}")
-            ):
+            if record["status"] == "running" and record.get("keeper") and not os.path.exists(f"/proc/{record['keeper']}"):
                 self.ended(db, name)
 
     def ended(self, db: Record, name: str) -> None:
@@ -266,6 +243,7 @@ def network_record(name: str, subnet: tuple[int, int], number: int, **fields: An
         "number": number,
         "last": 1,
         "mode": "nat",
+        "chosen": False,
         **created,
         **fields,
     }
@@ -283,6 +261,10 @@ def seconds(date: str) -> float:
     import calendar
 
     return float(calendar.timegm(time.strptime(date, "%Y-%m-%dT%H:%M:%SZ")) - EPOCH_2001)
+
+
+def image_descriptor(image: Record) -> Record:
+    return {"mediaType": "application/vnd.oci.image.index.v1+json", "digest": image["digest"], "size": 4000}
 
 
 class Shapes:
@@ -308,19 +290,16 @@ class Shapes:
         subnet, status = cidr_text(record), {"ipv4Subnet": cidr_text(record), "ipv4Gateway": gateway(record)}
         keys = ("name", "mode", "labels", "plugin", "options")
         configuration = {**{key: record[key] for key in keys}, "creationDate": self.date(record["creationDate"])}
-        configuration["ipv4Subnet"] = subnet
+        if record["chosen"]:
+            configuration["ipv4Subnet"] = subnet
         if self.old:
             configuration["id"] = configuration.pop("name")
             old = {"address": subnet, "gateway": gateway(record)}
             return {"id": record["name"], "state": "running", "config": configuration, "status": {**status, **old}}
         return {"id": record["name"], "configuration": configuration, "status": status}
 
-    def descriptor(self, image: Record) -> Record:
-        media = "application/vnd.oci.image.index.v1+json"
-        return {"mediaType": media, "digest": image["digest"], "size": 4000}
-
     def image(self, image: Record) -> Record:
-        descriptor = self.descriptor(image)
+        descriptor = image_descriptor(image)
         if self.old:
             return {"reference": image["name"], "fullSize": "4 KB", "descriptor": descriptor}
         system = {"architecture": "arm64", "os": "linux"}
@@ -390,17 +369,13 @@ def with_defaults(environment: list[str], home: str) -> list[str]:
     return [*environment, *(f"{name}={value}" for name, value in added.items() if name not in names)]
 
 
-def checked_mounts(call: Call, db: Record, store: Store, warnings: list[str]) -> list[Record]:
+def checked_mounts(call: Call, warnings: list[str]) -> list[Record]:
     """The mounts of a run or create, their sources on this machine, in the order in which they are made."""
     found: list[Record] = []
     for item in [*call.get("volume", []), *call.get("mount", [])]:
         item = dict(item)
         if item["kind"] == "bind":
             item["source"] = checked_source(item, warnings)
-        elif item["kind"] == "volume":
-            item["name"] = item["source"] or f"anonymous-{fresh_id()}"
-            make_volume(db, store, item["name"])
-            item["source"] = store.path("volumes", item["name"])
         found.append(item)
     found += [{"kind": "tmpfs", "target": path, "source": None, "ro": False} for path in call.get("tmpfs", [])]
     targets = [os.path.normpath(item["target"]) for item in found]
@@ -430,27 +405,55 @@ def one_share_each(mounts: list[Record], warnings: list[str]) -> list[Record]:
     return mounts
 
 
-def make_volume(db: Record, store: Store, name: str, **fields: Any) -> Record:
-    path = store.path("volumes", name)
-    os.makedirs(path, exist_ok=True)
-    fresh = {"name": name, "driver": "local", "format": "ext4", "source": path, "creationDate": stamp()}
-    record: Record = db["volumes"].setdefault(name, {**fresh, "labels": {}, "options": {}, **fields})
-    return record
-
-
 def mount_json(item: Record) -> Record:
-    kinds: Record = {
-        "bind": {"virtiofs": {}},
-        "tmpfs": {"tmpfs": {}},
-        "volume": {"volume": {"name": item.get("name"), "format": "ext4", "cache": "on", "sync": "fsync"}},
-    }
+    kinds: Record = {"bind": {"virtiofs": {}}, "tmpfs": {"tmpfs": {}}}
     options = ["ro"] if item["ro"] else []
-    return {
-        "type": kinds[item["kind"]],
-        "source": item["source"] or "tmpfs",
-        "destination": item["target"],
-        "options": options,
+    return {"type": kinds[item["kind"]], "source": item["source"] or "tmpfs", "destination": item["target"], "options": options}
+
+
+def configuration_json(call: Call, record: Record, image: Record, user: Record) -> Record:
+    """What `inspect` shows of it."""
+    process, mtu = record["process"], 1280
+    first = {
+        "executable": process["argv"][0],
+        "arguments": process["argv"][1:],
+        "environment": process["env"],
+        "workingDirectory": process["cwd"],
+        "terminal": False,
+        "user": user,
+        "supplementalGroups": [],
+        "rlimits": [{"limit": f"RLIMIT_{n.upper()}", "soft": s, "hard": h} for n, s, h in process["rlimits"]],
     }
+    networks = [
+        {"network": net["name"], "options": {"hostname": record["id"], "mtu": int(net.get("mtu", mtu))}} for net in record["nets"]
+    ]
+    memory, processors = (call.get(key, SMALLEST[key]) for key in ("memory", "cpus"))
+    found = {
+        "id": record["id"],
+        "image": {"reference": image["name"], "descriptor": image_descriptor(image)},
+        "mounts": [mount_json(item) for item in record["mounts"]],
+        "publishedPorts": [],
+        "publishedSockets": [],
+        "labels": dict(call.get("label", [])),
+        "sysctls": {},
+        "networks": networks,
+        "dns": {"nameservers": record["dns"] or [], "searchDomains": [], "options": []},
+        "rosetta": False,
+        "initProcess": first,
+        "platform": {"os": "linux", "architecture": "arm64", "variant": "v8"},
+        "resources": {"cpus": processors, "memoryInBytes": memory},
+        "runtimeHandler": "container-runtime-linux",
+        "virtualization": False,
+        "ssh": False,
+        "readOnly": record["readOnly"],
+        "useInit": record["init"],
+        "capAdd": call.get("cap-add", []),
+        "capDrop": call.get("cap-drop", []),
+        "creationDate": stamp(),
+    }
+    if call.get("no-dns"):
+        del found["dns"]
+    return found
 
 
 def bounding_set(call: Call) -> list[str]:
@@ -519,9 +522,7 @@ class Cli:
         if bool(call.positionals) == bool(call.get("all")):
             both = call.positionals
             raise Failed(
-                "explicitly supplied ids conflict with the --all flag"
-                if both
-                else "no ids specified and --all not supplied",
+                "explicitly supplied ids conflict with the --all flag" if both else "no ids specified and --all not supplied",
                 "invalidArgument",
             )
         return list(known) if call.get("all") else list(dict.fromkeys(call.positionals))
@@ -544,16 +545,20 @@ class Cli:
     # -- system
 
     def do_system_start(self, call: Call) -> int:
-        if not self.store.config["kernel"]:
-            if not (call.get("enable-kernel-install") or call.get("disable-kernel-install")):
-                sys.stdout.write("No default kernel configured.\nInstall the recommended default kernel? [Y/n]: ")
-                sys.stdout.flush()
-                if not sys.stdin.readline():
-                    raise Failed("failed to read user input")
-            if call.get("enable-kernel-install") is None:
-                sys.stderr.write("Please use the `container system kernel set --recommended` command\n")
+        """The services run even if the question for a kernel that follows is not answered."""
         with self.store.change() as db:
             db["services"] = True
+            missing = not db["kernel"]
+        install = call.get("enable-kernel-install")
+        if missing and not install and not call.get("disable-kernel-install"):
+            sys.stdout.write("No default kernel configured.\nInstall the recommended default kernel? [Y/n]: ")
+            sys.stdout.flush()
+            answer = sys.stdin.readline()
+            if not answer:
+                raise Failed("failed to read user input")
+            install = answer.strip().lower() in ("", "y")
+        with self.store.change() as db:
+            db["kernel"] = db["kernel"] or bool(install)
         return 0
 
     def do_system_stop(self, call: Call) -> int:
@@ -603,9 +608,7 @@ class Cli:
         if found is None:
             repository, _, tag = name.partition("/")[2].rpartition(":")
             url = f"https://registry-1.docker.io/v2/{repository}/manifests/{tag}"
-            raise Failed(
-                f"HTTP request to {url} failed with response: 401 Unauthorized. Reason: access denied or wrong name"
-            )
+            raise Failed(f"HTTP request to {url} failed with response: 401 Unauthorized. Reason: access denied or wrong name")
         image = images.finish({**found, "layer": None}, self.store.config["contents"], stamp())
         db["images"][name] = {**image, "name": name}
         return {**image, "name": name}
@@ -630,22 +633,6 @@ class Cli:
             raise not_found(f"image not found: {', '.join(missing)}")
         return self.out(show_json([self.shapes.image(image) for image in found.values() if image], pretty=True))
 
-    def do_image_pull(self, call: Call) -> int:
-        with self.store.change() as db:
-            self.pull(db, call.positionals[0])
-        return 0
-
-    def do_image_tag(self, call: Call) -> int:
-        from tests.container.images import tagged
-
-        source, target = call.positionals
-        with self.store.change() as db:
-            image = self.find_image(db, source)
-            if image is None:
-                raise not_found(f"image not found: {source}")
-            db["images"][tagged(target)] = {**image, "name": tagged(target)}
-        return self.out(tagged(target))
-
     def do_image_delete(self, call: Call) -> int:
         db = self.store.read()
 
@@ -667,15 +654,15 @@ class Cli:
         context = call.positionals[0] if call.positionals else "."
         tags = call.get("tag", [])
         text = self.dockerfile(call, context)
-        layers = self.store.path("layers", fresh_id())
-        try:
-            build = images.Build(context, layers, dict(call.get("build-arg", [])))
-            image = images.finish(build.run(text, call.get("target")), self.store.config["contents"], stamp())
-        except images.BuildFailed as error:
-            remove_tree(layers)
-            raise Failed(f"unknown: {error}", "unknown") from None
         with self.store.change() as db:
             self.builder(db)
+        try:
+            if not self.store.config["online"]:
+                raise images.BuildFailed("failed to do request: dial tcp: lookup registry-1.docker.io: no such host")
+            image = images.finish(images.Build(dict(call.get("build-arg", []))).run(text), self.store.config["contents"], stamp())
+        except images.BuildFailed as error:
+            raise Failed(f"unknown: {error}", "unknown") from None
+        with self.store.change() as db:
             for name in map(images.tagged, tags or [fresh_id()]):
                 db["images"][name] = {**image, "name": name}
         sys.stderr.write("#1 [internal] load build definition\n#2 DONE\n")
@@ -699,35 +686,11 @@ class Cli:
 
     def builder(self, db: Record) -> Record:
         """The container in which builds run, which stays."""
+        if not db["kernel"]:
+            raise not_found(NO_KERNEL)
         record: Record = db["containers"].setdefault(CONTAINER_OF_BUILDS, builder_record())
         record.update(status="running", startedDate=stamp())
         return record
-
-    def do_builder_start(self, call: Call) -> int:
-        with self.store.change() as db:
-            self.builder(db)
-        return 0
-
-    def do_builder_status(self, call: Call) -> int:
-        record = self.store.read()["containers"].get(CONTAINER_OF_BUILDS)
-        if not record:
-            return self.out("builder is not running")
-        rows = [["ID", "IMAGE", "STATE"], [record["id"], "builder", record["status"]]]
-        return self.listing(call, [self.shapes.container(record)], rows)
-
-    def do_builder_stop(self, call: Call) -> int:
-        with self.store.change() as db:
-            if CONTAINER_OF_BUILDS in db["containers"]:
-                db["containers"][CONTAINER_OF_BUILDS]["status"] = "stopped"
-        return 0
-
-    def do_builder_delete(self, call: Call) -> int:
-        with self.store.change() as db:
-            record = db["containers"].get(CONTAINER_OF_BUILDS)
-            if record and record["status"] == "running" and not call.get("force"):
-                raise Failed("BuildKit container is not stopped, use --force to override", "invalidState")
-            db["containers"].pop(CONTAINER_OF_BUILDS, None)
-        return 0
 
     # -- making containers
 
@@ -735,8 +698,9 @@ class Cli:
         return self.out(self.make(call))
 
     def do_run(self, call: Call) -> int:
-        self.check_terminal(call)
         name = self.make(call)
+        if call.get("progress") != "none":
+            sys.stderr.write("[6/6] Starting container [0s]\n")
         try:
             if call.get("detach"):
                 self.start_detached(name)
@@ -747,32 +711,20 @@ class Cli:
                 self.store.forget(db, name)
             raise
 
-    def check_terminal(self, call: Call) -> None:
-        from tests.container.jail import is_terminal
-
-        if call.get("tty") and call.get("interactive") and not is_terminal(0):
-            raise Failed(TERMINAL_REQUIRED, "invalidArgument")
-
     def make(self, call: Call) -> str:
         """Writes down a new container; returns its id."""
         name: str = call.get("name") or fresh_id()
         self.check_networks(call)
-        if call.get("ssh"):
-            self.warnings.append("--ssh lends the user's ssh agent")
-        if call.get("publish") or call.get("publish-socket"):
-            self.warnings.append("published ports are not forwarded here")
         environment = given_environment(call, self.warnings)
         with self.store.change() as db:
             if name in db["containers"]:
                 raise Failed(f"container with id {name} already exists", "exists")
             image = self.find_image(db, call.positionals[0]) or self.pull(db, call.positionals[0])
             networks = self.wanted_networks(call, db)
-            mounts = checked_mounts(call, db, self.store, self.warnings)
+            mounts = checked_mounts(call, self.warnings)
             record = self.record(call, name, image, environment, networks, mounts)
             db["containers"][name] = record
         os.makedirs(self.store.path("containers", name, "execs"))
-        if call.get("cidfile"):
-            save_text(call.get("cidfile"), name)
         return name
 
     def check_networks(self, call: Call) -> None:
@@ -815,7 +767,7 @@ class Cli:
             "networks": [],
             "pid": None,
             "process": process,
-            "image": {key: image[key] for key in ("name", "users", "contents", "links", "layer")},
+            "image": {key: image[key] for key in ("name", "users", "contents", "links", "folders")},
             "mounts": mounts,
             "nets": networks,
             "dns": None if not call.get("no-dns") else [],
@@ -825,53 +777,8 @@ class Cli:
         }
         record["dns"] = call.get("dns", record["dns"])
         user_json = {"raw": {"userString": user}} if not user[:1].isdigit() else {"id": {"uid": uid, "gid": gid}}
-        record["configuration"] = self.configuration(call, record, image, user_json)
+        record["configuration"] = configuration_json(call, record, image, user_json)
         return record
-
-    def configuration(self, call: Call, record: Record, image: Record, user: Record) -> Record:
-        """What `inspect` shows of it."""
-        process, mtu = record["process"], 1280
-        first = {
-            "executable": process["argv"][0],
-            "arguments": process["argv"][1:],
-            "environment": process["env"],
-            "workingDirectory": process["cwd"],
-            "terminal": bool(call.get("tty")),
-            "user": user,
-            "supplementalGroups": [],
-            "rlimits": [{"limit": f"RLIMIT_{n.upper()}", "soft": s, "hard": h} for n, s, h in process["rlimits"]],
-        }
-        networks = [
-            {"network": net["name"], "options": {"hostname": record["id"], "mtu": int(net.get("mtu", mtu))}}
-            for net in record["nets"]
-        ]
-        memory, processors = (call.get(key, SMALLEST[key]) for key in ("memory", "cpus"))
-        found = {
-            "id": record["id"],
-            "image": {"reference": image["name"], "descriptor": self.shapes.descriptor(image)},
-            "mounts": [mount_json(item) for item in record["mounts"]],
-            "publishedPorts": call.get("publish", []),
-            "publishedSockets": call.get("publish-socket", []),
-            "labels": dict(call.get("label", [])),
-            "sysctls": {},
-            "networks": networks,
-            "dns": {"nameservers": record["dns"] or [], "searchDomains": [], "options": []},
-            "rosetta": bool(call.get("rosetta")),
-            "initProcess": first,
-            "platform": {"os": "linux", "architecture": "arm64", "variant": "v8"},
-            "resources": {"cpus": processors, "memoryInBytes": memory},
-            "runtimeHandler": "container-runtime-linux",
-            "virtualization": bool(call.get("virtualization")),
-            "ssh": bool(call.get("ssh")),
-            "readOnly": record["readOnly"],
-            "useInit": record["init"],
-            "capAdd": call.get("cap-add", []),
-            "capDrop": call.get("cap-drop", []),
-            "creationDate": stamp(),
-        }
-        if call.get("no-dns"):
-            del found["dns"]
-        return found
 
     # -- starting
 
@@ -880,13 +787,16 @@ class Cli:
         from tests.container import jail
 
         if self.store.config["netns"] != jail.network_namespace():
-            raise Failed("stand-in: run this in the network namespace of the tests (rig.enter_namespaces)")
+            raise Failed("stand-in: run this in the network namespace of the tests (rig.namespaces)")
         with self.store.change() as db:
             record = self.existing(db, name)
             if record["status"] == "running" or record.get("starting"):
                 raise Failed(f"container {name} is already running", "invalidState")
+            if not db["kernel"]:
+                raise not_found(NO_KERNEL)
             for item in record["mounts"]:
-                self.check_mount(db, name, item)
+                if item["kind"] == "bind" and not os.path.exists(item["source"]):
+                    raise Failed(f"path '{item['source']}' does not exist", "invalidArgument")
             nets = [self.address(db["networks"][item["name"]], item) for item in record["nets"]]
             record["starting"] = True
             record["networks"] = [self.attachment(name, net) for net in nets]
@@ -906,20 +816,21 @@ class Cli:
             "dns": dns,
             "mounts": [{**item, "options": tmpfs_options(item)} for item in record["mounts"]],
             **{key: record[key] for key in ("readOnly", "init")},
-            **{key: record["image"][key] for key in ("users", "contents", "links", "layer")},
+            **{key: record["image"][key] for key in ("users", "contents", "links", "folders")},
         }
         if not os.path.isdir(plan["root"]):
             jail.furnish(plan["root"], plan)
+        if record["readOnly"]:
+            self.check_targets(plan)
         return plan
 
-    def check_mount(self, db: Record, name: str, item: Record) -> None:
-        if item["kind"] == "bind" and not os.path.exists(item["source"]):
-            raise Failed(f"path '{item['source']}' does not exist", "invalidArgument")
-        if item["kind"] == "volume":
-            for other, record in db["containers"].items():
-                used = [mount["source"] for mount in record.get("mounts", [])]
-                if other != name and record["status"] == "running" and item["source"] in used:
-                    raise Failed(f"volume '{item['name']}' is in use by container {other}", "invalidState")
+    def check_targets(self, plan: Record) -> None:
+        """Nobody has promised that a folder to mount on can still be made when the root cannot be written to."""
+        targets = [os.path.normpath(item["target"]) for item in plan["mounts"]]
+        for target in targets:
+            above = any(target.startswith(f"{other}/") for other in targets)
+            if not above and not os.path.isdir(plan["root"] + target):
+                self.warnings.append(f"the image has no {target} and its root is read-only")
 
     def address(self, network: Record, item: Record) -> Record:
         """The next free address of a network: never the one that was used last, as the real ones change too."""
@@ -997,10 +908,7 @@ class Cli:
 
     def do_start(self, call: Call) -> int:
         name = call.positionals[0]
-        record = self.existing(self.store.read(), name)
-        if call.get("attach"):
-            return self.start_attached(name, bool(call.get("interactive")))
-        if record["status"] != "running":
+        if self.existing(self.store.read(), name)["status"] != "running":
             self.start_detached(name)
         return self.out(name)
 
@@ -1084,7 +992,6 @@ class Cli:
     def do_exec(self, call: Call) -> int:
         from tests.container import jail
 
-        self.check_terminal(call)
         name = call.positionals[0]
         record = self.existing(self.store.read(), name)
         if record["status"] != "running" or record.get("lost") or record.get("stopping") or not record.get("pid"):
@@ -1109,7 +1016,7 @@ class Cli:
         }
         sys.stdout.flush()
         interactive = bool(call.get("interactive")) and not call.get("detach")
-        ends = jail.exec_in(record["pid"], process, interactive, held, terminal=bool(call.get("tty")))
+        ends = jail.exec_in(record["pid"], process, interactive, held)
         if call.get("detach"):
             self.expect_started(ends[0])
             return self.out(name)
@@ -1197,9 +1104,7 @@ class Cli:
                 self.store.forget(changed, name)
             return name
 
-        stopped = [
-            name for name, record in db["containers"].items() if call.get("force") or record["status"] != "running"
-        ]
+        stopped = [name for name, record in db["containers"].items() if call.get("force") or record["status"] != "running"]
         return self.each(self.ids(call, stopped), "delete container", delete)
 
     # -- looking at containers
@@ -1208,9 +1113,7 @@ class Cli:
         records = list(self.store.read()["containers"].values())
         everything = call.get("all") or (self.level < (1,) and call.get("format") == "json")
         shown = [r for r in records if everything or (r["status"] == "running" and not r.get("lost"))]
-        rows = [
-            ["ID", "IMAGE", "OS", "ARCH", "STATE", "IP" if self.level >= (1,) else "ADDR", "CPUS", "MEMORY", "STARTED"]
-        ]
+        rows = [["ID", "IMAGE", "OS", "ARCH", "STATE", "IP" if self.level >= (1,) else "ADDR", "CPUS", "MEMORY", "STARTED"]]
         for record in shown:
             value = self.shapes.container(record)
             state, config = value["status"], record["configuration"]
@@ -1232,44 +1135,10 @@ class Cli:
     def do_logs(self, call: Call) -> int:
         name = call.positionals[0]
         self.existing(self.store.read(), name)
-        if call.get("boot"):
-            return self.out(f"[    0.000000] Booting Linux for {name}")
-        try:
-            with open(self.store.path("containers", name, "log"), encoding="utf-8", errors="replace") as file:
-                lines = file.readlines()
-                number = call.get("n")
-                sys.stdout.write("".join(lines if number is None else lines[len(lines) - min(number, len(lines)) :]))
-                while call.get("follow") and self.store.read()["containers"].get(name, {}).get("status") == "running":
-                    sys.stdout.write(file.read())
-                    sys.stdout.flush()
-                    time.sleep(0.05)
-                sys.stdout.write(file.read())
-        except FileNotFoundError:
-            pass
+        with contextlib.suppress(FileNotFoundError), open(self.store.path("containers", name, "log"), errors="replace") as file:
+            lines = file.readlines()
+            sys.stdout.write("".join(lines[max(0, len(lines) - call.get("n", len(lines))) :]))
         return 0
-
-    def do_stats(self, call: Call) -> int:
-        from tests.container import jail
-
-        containers = self.store.read()["containers"]
-        running = [name for name, record in containers.items() if record["status"] == "running"]
-        for name in call.positionals:
-            if name not in running:
-                raise Failed(f"container {name} is not running", "invalidState")
-        values, rows = [], [["Container ID", "Cpu %", "Memory Usage", "Net Rx/Tx", "Block I/O", "Pids"]]
-        for name in call.positionals or running:
-            record = containers[name]
-            members = jail.processes(record["pid"]) if record.get("pid") else []
-            used = sum(map(resident, members))
-            limit = record["configuration"]["resources"]["memoryInBytes"]
-            value = dict.fromkeys(
-                ("networkRxBytes", "networkTxBytes", "blockReadBytes", "blockWriteBytes", "cpuUsageUsec"), 0
-            )
-            values.append(
-                {**value, "id": name, "memoryUsageBytes": used, "memoryLimitBytes": limit, "numProcesses": len(members)}
-            )
-            rows.append([name, "0.00%", f"{used // MIB} MiB / {limit // MIB} MiB", "0 / 0", "0 / 0", str(len(members))])
-        return self.listing(call, values, rows)
 
     # -- networks
 
@@ -1282,14 +1151,13 @@ class Cli:
             for other in db["networks"].values():
                 if overlap(subnet, other["subnet"]):
                     mine = f"{dotted(subnet[0])}/{subnet[1]}"
-                    raise Failed(
-                        f"IPv4 subnet {mine} overlaps an existing network with subnet {cidr_text(other)}", "exists"
-                    )
+                    raise Failed(f"IPv4 subnet {mine} overlaps an existing network with subnet {cidr_text(other)}", "exists")
             db["networks"][name] = network_record(
                 name,
                 subnet,
                 db["bridges"],
                 mode="hostOnly" if call.get("internal") else "nat",
+                chosen=bool(call.get("subnet")),
                 labels=dict(call.get("label", [])),
                 options=dict(call.get("option", [])),
             )
@@ -1325,67 +1193,16 @@ class Cli:
                     if name in [net["network"] for net in record["configuration"]["networks"]]
                 ]
                 if users:
-                    raise Failed(
-                        f"cannot delete subnet {name} with referring containers: {', '.join(users)}", "invalidState"
-                    )
+                    raise Failed(f"cannot delete subnet {name} with referring containers: {', '.join(users)}", "invalidState")
                 del db["networks"][name]
             return name
 
         names = [name for name in self.store.read()["networks"] if name != "default"]
         return self.each(self.ids(call, names), "delete network", delete)
 
-    # -- volumes
-
-    def volume_json(self, record: Record) -> Record:
-        return {"id": record["name"], "configuration": record} if self.level >= (1,) else record
-
-    def do_volume_create(self, call: Call) -> int:
-        name = call.positionals[0]
-        with self.store.change() as db:
-            if name in db["volumes"]:
-                raise Failed(f"volume '{name}' already exists", "exists")
-            labels, options = dict(call.get("label", [])), dict(call.get("opt", []))
-            make_volume(db, self.store, name, labels=labels, options=options)
-        return self.out(name)
-
-    def do_volume_list(self, call: Call) -> int:
-        volumes = list(self.store.read()["volumes"].values())
-        rows = [["NAME", "DRIVER"], *([volume["name"], volume["driver"]] for volume in volumes)]
-        return self.listing(call, [self.volume_json(volume) for volume in volumes], rows)
-
-    def do_volume_inspect(self, call: Call) -> int:
-        volumes = self.store.read()["volumes"]
-        for name in call.positionals:
-            if name not in volumes:
-                raise not_found(f"volume '{name}' not found")
-        return self.out(show_json([self.volume_json(volumes[name]) for name in call.positionals], pretty=True))
-
-    def do_volume_delete(self, call: Call) -> int:
-        def delete(name: str) -> str:
-            with self.store.change() as db:
-                if name not in db["volumes"]:
-                    raise not_found(f"volume '{name}' not found")
-                for record in db["containers"].values():
-                    if name in [item.get("name") for item in record.get("mounts", [])]:
-                        raise Failed(f"volume '{name}' is in use by container {record['id']}", "invalidState")
-                del db["volumes"][name]
-                remove_tree(self.store.path("volumes", name))
-            return name
-
-        return self.each(self.ids(call, self.store.read()["volumes"]), "delete volume", delete)
-
 
 def tmpfs_options(item: Record) -> str:
     return ",".join(f"{key}={item[key]}" for key in ("size", "mode") if item.get(key))
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory of a process."""
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
 
 
 def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -1420,12 +1237,7 @@ def builder_record() -> Record:
         "init": False,
         "stopSignal": None,
     }
-    configuration = Cli.configuration(_Shaper(), call, record, image, {"id": {"uid": 0, "gid": 0}})  # type: ignore[arg-type]
-    return {**record, "configuration": configuration}
-
-
-class _Shaper:
-    shapes = Shapes("1.0")
+    return {**record, "configuration": configuration_json(call, record, image, {"id": {"uid": 0, "gid": 0}})}
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -1449,7 +1261,7 @@ def answer(cli: Cli, argv: list[str]) -> int:
         return 1
     except Exception as error:  # a fault of the stand-in itself must not look like one of the tool's answers
         sys.stderr.write("".join(traceback_of(error)))
-        return 70
+        return FAULT
 
 
 def traceback_of(error: Exception) -> list[str]:
@@ -1479,7 +1291,3 @@ def main(argv: list[str], folder: str) -> NoReturn:
         sys.stdout.flush()
     cli.finish(code or 0)
     os._exit(code or 0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:], os.environ["CONTAINER_STANDIN_STATE"])

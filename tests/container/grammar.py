@@ -1,7 +1,9 @@
 """The command line of `container` as tables: which options each command has, since when, and what values they take.
 
 `parse(argv, version, macos)` returns a `Call` or raises `Usage`, which the CLI answers with exit 64.  It is as strict
-as Swift's ArgumentParser where that is strict, and stricter where the tool would quietly do something else.
+as Swift's ArgumentParser where that is strict, and stricter where the tool would quietly do something else.  Commands
+and options that are nothing for a server with untrusted code inside (--ssh, --publish, volumes, terminals, kernels and
+so on) are left out, so that their use is an error.
 """
 
 from __future__ import annotations
@@ -112,15 +114,11 @@ def docker_label(text: str) -> tuple[str, str]:
 
 def volume(text: str) -> dict[str, Any]:
     parts = text.split(":")
-    need(1 <= len(parts) <= 3 and all(parts))
-    if len(parts) == 1:
-        return {"kind": "volume", "source": None, "target": absolute(text), "ro": False}
+    need(2 <= len(parts) <= 3 and all(parts))
     options = parts[2].split(",") if len(parts) == 3 else []
     need(all(option == "ro" for option in options))
-    is_path = "/" in parts[0] or parts[0] in (".", "..")
-    kind = "bind" if is_path else "volume"
-    need(is_path or VOLUME_NAME.fullmatch(parts[0]))
-    return {"kind": kind, "source": parts[0], "target": absolute(parts[1]), "ro": bool(options)}
+    need("/" in parts[0] or parts[0] in (".", ".."), "volumes with a name are not made here")
+    return {"kind": "bind", "source": parts[0], "target": absolute(parts[1]), "ro": bool(options)}
 
 
 MOUNT_KEYS = {"src": "source", "dst": "target", "destination": "target", "readonly": "ro", "ro": "ro"}
@@ -134,7 +132,7 @@ def mount(text: str) -> dict[str, Any]:
         need(key in ("type", "source", "target", "ro", "size", "mode") and bool(equals) == (key != "ro"))
         found[key] = value if equals else True
     kind = found.pop("type", None)
-    need(kind in ("bind", "virtiofs", "tmpfs", "volume") and found.get("target"))
+    need(kind in ("bind", "virtiofs", "tmpfs") and found.get("target"))
     need(kind == "tmpfs" or not {"size", "mode"} & set(found))
     need((kind == "tmpfs") == (found["source"] is None))
     absolute(found["target"])
@@ -193,17 +191,16 @@ def capability(text: str) -> str:
     return name
 
 
-VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 CONTAINER_NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,62}"
 NETWORK_NAME = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
 REFERENCE = r"(?:[a-z0-9.-]+(?::\d+)?/)?[a-z0-9._/-]+(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
 KINDS: dict[str, Callable[[str], Any]] = {
-    "text": pattern(r"(?s).*"),
-    "word": pattern(r"\S+"),
     "int": integer,
     "cpus": cpus,
     "memory": memory,
     "path": absolute,
+    "word": pattern(r"\S+"),
+    "tmpfs": pattern(r"/[^:]*"),
     "file": pattern(r"(?s).+"),
     "env": environment,
     "label": label,
@@ -214,7 +211,6 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "ulimit": ulimit,
     "network": network,
     "cidr": cidr,
-    "cidr6": pattern(r"[0-9a-fA-F:]+/\d{1,3}"),
     "signal": signal_name,
     "capability": capability,
     "name": pattern(CONTAINER_NAME),
@@ -222,15 +218,10 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "platform": pattern(r"linux/(arm64|amd64)(/v8)?"),
     "arch": choice("arm64 amd64 aarch64 x86_64"),
     "os": choice("linux"),
-    "publish": pattern(r"((\d{1,3}\.){3}\d{1,3}:)?\d{1,5}:\d{1,5}(/(tcp|udp))?"),
-    "socket": pattern(r"[^:]+:/[^:]+"),
     "ip": pattern(r"(\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F:]*:[0-9a-fA-F:]*"),
     "progress": choice("auto none ansi plain color"),
     "build-progress": choice("auto plain tty"),
-    "scheme": choice("http https auto"),
     "format": choice("json table yaml toml"),
-    "masked": pattern(r"/.*|NONE"),
-    "size": pattern(r"\d+[KMGTPkmgtp]?"),
     "key-value": label,
 }
 
@@ -241,7 +232,6 @@ PROCESS = """
 --env-file file *
 --gid int
 -i,--interactive flag
--t,--tty flag
 -u,--user user
 --uid int
 -w,--workdir,--cwd path
@@ -253,19 +243,11 @@ CREATE = """
 -a,--arch arch
 --cap-add capability * >=0.12
 --cap-drop capability * >=0.12
---cidfile file
+-d,--detach flag
 --dns ip *
---dns-domain word
---dns-option word *
---dns-search word *
 --entrypoint word
 --init flag >=0.10
---init-image reference
--k,--kernel file
---kernel-arg text * >=1.2
 -l,--label label *
---masked-path masked * >=1.2.1
---max-concurrent-downloads int
 --mount mount *
 --name name
 --network network *
@@ -273,21 +255,11 @@ CREATE = """
 --os os
 --platform platform
 --progress progress
--p,--publish publish *
---publish-socket socket *
 --read-only flag
---read-only-path masked * >=1.2.1
 --rm,--remove flag
---rosetta flag
---runtime word
---scheme scheme
---shm-size size >=1.0
---ssh flag
---tmpfs path *
+--tmpfs tmpfs *
 -v,--volume volume *
---virtualization flag
 """
-DETACH = "-d,--detach flag"
 FORMAT = "--format format"
 QUIET = "-q,--quiet flag"
 ALL = "-a,--all flag"
@@ -295,71 +267,45 @@ BUILD = """
 -t,--tag reference *
 -f,--file file
 --build-arg key-value *
---target word
 --no-cache flag
 --pull flag
 --platform platform *
 -a,--arch arch *
 --os os *
--o,--output text *
 -q,--quiet flag
---secret text * >=0.11
---ssh word >=1.2.1
 -c,--cpus cpus
 -m,--memory memory
 --dns ip *
 --progress build-progress
---vsock-port int
--l,--label label *
 """
 COMMANDS_TEXT: dict[str, tuple[str, str]] = {
-    "run": (PROCESS + CREATE + DETACH, "<image> -- <arguments>"),
-    "create": (PROCESS + CREATE + DETACH, "<image> -- <arguments>"),
-    "exec": (PROCESS + DETACH, "<container-id> -- <arguments>"),
-    "start": ("-a,--attach flag\n-i,--interactive flag", "<container-id>"),
+    "run": (PROCESS + CREATE, "<image> -- <arguments>"),
+    "create": (PROCESS + CREATE, "<image> -- <arguments>"),
+    "exec": (PROCESS + "-d,--detach flag", "<container-id> -- <arguments>"),
+    "start": ("", "<container-id>"),
     "stop": ("-s,--signal signal\n-t,--time int\n" + ALL, "<container-ids>*"),
     "kill": ("-s,--signal signal\n" + ALL, "<container-ids>*"),
     "delete": ("-f,--force flag\n" + ALL, "<container-ids>*"),
     "list": (f"{ALL}\n{QUIET}\n{FORMAT}", ""),
     "inspect": ("", "<container-ids>+"),
-    "logs": ("--boot flag\n-f,--follow flag\n-n int", "<container-id>"),
-    "stats": (f"--no-stream flag\n{FORMAT}", "<container-ids>*"),
+    "logs": ("-n int", "<container-id>"),
     "build": (BUILD, "<context-dir>?"),
     "image list": (f"{QUIET}\n-v,--verbose flag\n{FORMAT}", ""),
     "image inspect": ("", "<images>+"),
-    "image pull": (
-        "--platform platform\n-a,--arch arch\n--os os\n--scheme scheme\n--progress progress\n"
-        "--max-concurrent-downloads int",
-        "<reference>",
-    ),
-    "image tag": ("", "<source> <target>"),
     "image delete": (f"{ALL}\n-f,--force flag", "<images>*"),
     "network create": (
-        "--internal flag\n--subnet cidr\n--subnet-v6 cidr6\n--label docker-label *\n--option key-value * >=1.0\n"
-        "--plugin word >=0.10",
+        "--internal flag\n--subnet cidr\n--label docker-label *\n--option key-value * >=1.0\n--plugin word >=0.10",
         "<name>",
     ),
     "network list": (f"{QUIET}\n{FORMAT}", ""),
     "network inspect": ("", "<networks>+"),
     "network delete": (ALL, "<networks>*"),
-    "volume create": ("-s size\n--label docker-label *\n--opt key-value *", "<name>"),
-    "volume list": (f"{QUIET}\n{FORMAT}", ""),
-    "volume inspect": ("", "<names>+"),
-    "volume delete": (ALL, "<names>*"),
-    "builder start": ("-c,--cpus cpus\n-m,--memory memory\n--dns ip *", ""),
-    "builder status": (f"{QUIET}\n{FORMAT}", ""),
-    "builder stop": ("", ""),
-    "builder delete": ("-f,--force flag", ""),
-    "system start": (
-        "-a,--app-root path\n--install-root path\n--log-root path >=0.10\n--enable-kernel-install flag\n"
-        "--disable-kernel-install flag\n--timeout int >=0.10",
-        "",
-    ),
+    "system start": ("--enable-kernel-install flag\n--disable-kernel-install flag\n--timeout int >=0.10", ""),
     "system status": ("-p,--prefix word\n--format format >=0.10", ""),
     "system stop": ("-p,--prefix word", ""),
     "system version": (FORMAT, ""),
 }
-ALIASES = {"i": "image", "n": "network", "s": "system", "v": "volume"}
+ALIASES = {"i": "image", "n": "network", "s": "system"}
 VERBS = {"rm": "delete", "ls": "list"}
 GROUPS = {key.split()[0] for key in COMMANDS_TEXT if " " in key}
 
@@ -483,9 +429,7 @@ def check_count(positionals: str, given: list[str]) -> None:
     if not (names and last in "*+") and len(given) > len(names):
         extra = ", ".join(f"'{word}'" for word in given[len(names) :])
         several = len(given) - len(names) > 1
-        raise Usage(
-            f"{len(given) - len(names)} unexpected arguments: {extra}" if several else f"Unexpected argument {extra}"
-        )
+        raise Usage(f"{len(given) - len(names)} unexpected arguments: {extra}" if several else f"Unexpected argument {extra}")
 
 
 def conflicts(key: str, call: Call) -> None:
@@ -493,16 +437,14 @@ def conflicts(key: str, call: Call) -> None:
     networks = [net["name"] for net in call.get("network", [])]
     if "none" in networks and len(networks) > 1:
         raise Usage("no other networks may be created along with network none")
-    if call.get("no-dns") and any(name.startswith("dns") for name in call.options):
+    if call.get("no-dns") and call.get("dns"):
         raise Usage("`--no-dns` cannot be used with other DNS configuration flags")
     if call.get("enable-kernel-install") and call.get("disable-kernel-install"):
         raise Usage("--enable-kernel-install and --disable-kernel-install exclude each other")
     if key == "exec" and not call.process:
         raise Usage("Missing expected argument '<arguments>'")
-    if key in ("network create", "volume create"):
-        good = NETWORK_NAME if key.startswith("network") else VOLUME_NAME
-        if not re.fullmatch(good, call.positionals[0]):
-            raise Usage(f"invalid name '{call.positionals[0]}'")
+    if key == "network create" and not re.fullmatch(NETWORK_NAME, call.positionals[0]):
+        raise Usage(f"invalid name '{call.positionals[0]}'")
 
 
 def parse(argv: list[str], version: str, macos: int = 26) -> Call:

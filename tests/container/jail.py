@@ -8,7 +8,7 @@ of whoever called the CLI, as the services of the real tool are:
 - the *relay*, one for each exec: starts the process inside and holds the ends of its pipes.
 
 Both talk with the CLI over a socket, one JSON object a line: {"pid"} or {"error"}, later {"exit"}; the CLI may send
-{"eof"} and {"kill"}.  Needs root, or a user namespace in which the caller is root (see `rig.enter_namespaces`).
+{"eof"} and {"kill"}.  Needs root, and folders on a file system whose owners can be mapped (see `rig.namespaces`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import select
 import shutil
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NoReturn
@@ -44,6 +44,7 @@ NUMBERS = {"open_tree": 428, "move_mount": 429, "mount_setattr": 442}  # the sam
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SHOWN = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # of the host's / and, but for local, /usr
 ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "ssl", "ca-certificates", "localtime", "services")
+FOLDERS = ("dev", "proc", "sys", "run", "var/log", "usr/local/bin", "usr/local/lib", "opt", "srv", "home", "etc")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CAPABILITIES = (
@@ -53,8 +54,7 @@ CAPABILITIES = (
     "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
 ).split()
 GRANTED = (
-    "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL "
-    "AUDIT_WRITE"
+    "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE"
 ).split()
 
 GATEWAY_MAC = "02:63:74:00:00:01"  # its own: a bridge without one takes that of a port, and peers lose it with the port
@@ -74,12 +74,6 @@ def checked(name: str, *arguments: Any) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
     return int(result)
-
-
-def one_user_only() -> bool:
-    """Tells whether this is a user namespace with a single user, in which nobody can change the user."""
-    with open("/proc/self/uid_map") as file:
-        return [line.split()[2] for line in file] == ["1"]
 
 
 def network_namespace() -> str:
@@ -131,7 +125,7 @@ def mountpoint(source: str | None, target: str) -> str:
 
 def ownership(uid: int, gid: int) -> int | None:
     """A user namespace for `bind`: files of the CLI's user belong to `uid` inside, as shared folders of a VM do."""
-    if not uid or one_user_only():
+    if not uid:
         return None
     ready, started = os.pipe()
     child = os.fork()
@@ -152,6 +146,28 @@ def ownership(uid: int, gid: int) -> int | None:
     return found
 
 
+def probe(folder: str) -> None:
+    """Raises OSError if files in a folder cannot be shown to a container as another user's."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        idmap = ownership(os.geteuid() + 1000, os.getegid() + 1000)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                checked("unshare", CLONE["mnt"] | CLONE["pid"] | CLONE["ipc"] | CLONE["uts"])
+                checked("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
+                bind(place, place, idmap=idmap)
+                code = 0
+            except OSError as error:
+                code = error.errno or 1
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.close(idmap or -1)
+    if code:
+        raise OSError(code, f"mounts with mapped owners: {os.strerror(code)}")
+
+
 def write(path: str, text: str, mode: int = 0o644) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -163,13 +179,11 @@ def furnish(root: str, plan: dict[str, Any]) -> None:
     """Lays out the root folder of a new container: what its image has, its users, empty folders for the rest."""
     os.makedirs(root)
     os.chmod(root, 0o755)
-    if plan["layer"] and os.path.isdir(plan["layer"]):
-        shutil.copytree(plan["layer"], root, symlinks=True, dirs_exist_ok=True)
     for name in ("tmp", "var/tmp"):
         os.makedirs(f"{root}/{name}", exist_ok=True)
         os.chmod(f"{root}/{name}", 0o1777)
-    for name in ("dev", "proc", "sys", "run", "var/log", "usr/local/bin", "usr/local/lib", "opt", "srv", "home", "etc"):
-        os.makedirs(f"{root}/{name}", exist_ok=True)
+    for path in (*FOLDERS, *plan["folders"]):
+        os.makedirs(f"{root}/{path}", exist_ok=True)
     users = plan["users"]
     lines = [f"{name}:x:{uid}:{gid}::{home}:{shell}" for name, (uid, gid, home, shell) in users.items()]
     write(f"{root}/etc/passwd", "\n".join(lines) + "\n")
@@ -179,8 +193,7 @@ def furnish(root: str, plan: dict[str, Any]) -> None:
     for uid, gid, home, _ in users.values():
         if home != "/" and not os.path.isdir(root + home):
             os.makedirs(root + home, mode=0o755)
-            if not one_user_only():
-                os.chown(root + home, uid, gid)
+            os.chown(root + home, uid, gid)
     for path, target in plan["links"].items():
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         os.symlink(target, root + path)
@@ -282,20 +295,9 @@ def drop_privileges(process: dict[str, Any]) -> None:
     for number, name in enumerate(CAPABILITIES):
         if name not in process["capabilities"]:
             LIBC.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
-    if not one_user_only():
-        os.setgroups([])
-        os.setgid(process["gid"])
-        os.setuid(process["uid"])
-    elif process["uid"]:
-        rename_user(process["uid"], process["gid"])
-
-
-def rename_user(uid: int, gid: int) -> None:
-    """Where there is one user only: gives it another number, in a user namespace of the process's own."""
-    checked("unshare", CLONE_NEWUSER)
-    for name, number in (("uid", uid), ("gid", gid)):
-        with open(f"/proc/self/{name}_map", "w") as file:
-            file.write(f"{number} 0 1")
+    os.setgroups([])
+    os.setgid(process["gid"])
+    os.setuid(process["uid"])
 
 
 def become(process: dict[str, Any], stdio: Iterable[int], report: int) -> NoReturn:
@@ -578,10 +580,7 @@ def end_with(owner: int, init: int) -> None:
 
 
 def keep(
-    plan: dict[str, Any],
-    control: socket.socket,
-    attached: tuple[int | None, int, int] | None,
-    changed: Callable[..., None],
+    plan: dict[str, Any], control: socket.socket, attached: tuple[int | None, int, int] | None, changed: Callable[..., None]
 ) -> None:
     """The life of a running container; `changed(pid=…)` and `changed(exit=…)` record it."""
     keep_only(control.fileno(), *[fd for fd in attached or () if fd is not None], errors=plan["keeperLog"])
@@ -606,9 +605,7 @@ def keep(
 
 
 def start(
-    plan: dict[str, Any],
-    changed: Callable[..., None],
-    attached: tuple[int | None, int, int] | None = None,
+    plan: dict[str, Any], changed: Callable[..., None], attached: tuple[int | None, int, int] | None = None
 ) -> socket.socket:
     """Starts a container and returns the CLI's end of the socket to its keeper."""
     ours, theirs = socket.socketpair()
@@ -647,10 +644,7 @@ class Relay:
         keep_only(self.control.fileno(), *stdio, *ends, errors=self.held["log"])
         report, reported = os.pipe()
         space = os.open(f"/proc/{self.init}/ns/pid", os.O_RDONLY)
-        child = Child(
-            lambda: checked("setns", space, CLONE["pid"]),
-            lambda: enter(self.init, self.process, stdio, reported),
-        )
+        child = Child(lambda: checked("setns", space, CLONE["pid"]), lambda: enter(self.init, self.process, stdio, reported))
         self.pid = child.pid
         os.close(reported)
         for descriptor in stdio:
@@ -696,18 +690,17 @@ def close_all(descriptors: list[int]) -> None:
 
 
 def exec_in(
-    init: int, process: dict[str, Any], interactive: bool, held: dict[str, Any], terminal: bool = False
+    init: int, process: dict[str, Any], interactive: bool, held: dict[str, Any]
 ) -> tuple[socket.socket, int | None, int, int]:
     """Starts a process in a container; returns the socket to its relay and the CLI's ends of its three pipes."""
     ours, theirs = socket.socketpair()
     incoming = os.pipe() if interactive else (os.open(os.devnull, os.O_RDONLY), None)
     outgoing, errors = os.pipe(), os.pipe()
-    inner = (0, 1, 2) if terminal else (incoming[0], outgoing[1], errors[1])
-    stdio = tuple(os.dup(fd) for fd in inner)
+    stdio = (incoming[0], outgoing[1], errors[1])
     ends = [fd for fd in (incoming[1], outgoing[0], errors[0]) if fd is not None]
     daemon(lambda: Relay(init, process, theirs, held).run(stdio, ends))
     theirs.close()
-    for descriptor in (*stdio, incoming[0], outgoing[1], errors[1]):
+    for descriptor in stdio:
         os.close(descriptor)
     return ours, incoming[1], outgoing[0], errors[0]
 
@@ -722,10 +715,3 @@ def wait_gone(pid: int, timeout: float | None) -> bool:
         return bool(select.select([descriptor], [], [], timeout)[0])
     finally:
         os.close(descriptor)
-
-
-def is_terminal(descriptor: int) -> bool:
-    try:
-        return os.isatty(descriptor) and stat.S_ISCHR(os.fstat(descriptor).st_mode)
-    except OSError:
-        return False

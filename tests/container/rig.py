@@ -1,11 +1,32 @@
 """The surroundings of a test with containers: the stand-in on PATH, and proof that nothing of it stays.
 
-    with Apple() as apple:
-        with Server(env=apple.env) as server: ...
+How a test of oppi uses it (every test below tests/container runs in the network namespace that conftest.py enters):
 
-Bridges and addresses are real, so that a proxy sees whose connection it has.  They live in a network namespace of the
-tests' own, which `namespaces()` enters: nothing here touches the machine's network, and nothing inside can leave it.
-As another user than root that also needs a user namespace, in which there is one user only (with other numbers).
+    with MockLLM() as llm, Apple() as apple, Server(env=apple.env, start=False) as server:
+        (server.agent_dir / "models.json").write_text(llm.models_json())
+        server.start()
+
+- A server that is started in a test is in the same network namespace, because processes and threads inherit it: its
+  127.0.0.1 is that of the test.  So `MockLLM` (and whatever else listens on loopback) can be reached by the server and
+  by the test, never from a container; what listens on the gateway's address or on all of them can be.  `forwarder`
+  leads from a gateway to such a port without oppi; `internet` makes an address that only routed networks reach.  There
+  is no other way out, so `contents()` fetches before.
+- A container's own address is in its network's subnet and changes with each start; bridge and gateway address exist only
+  while a container of the network runs.  Two stand-ins at a time in one namespace need networks without overlap.
+- `Apple(version="0.9.0", macos=15, kernel=False, online=False, hold=False)` is another Mac (`container_cli.CONFIG`).
+  `Apple(fake={"DIALECT": "0.87"})` has the scripted pi in every image, which starts much faster than the real one.
+- An image has the real pi if its Dockerfile or a RUN line says `<package>@<version>` of tools.PI_PACKAGES, literally or by
+  ARG.  RUN lines are not run: `mkdir` and `adduser` or `useradd` in them are understood, all else is taken as done.
+- State to look at: `running`, `record`, `processes`, `execs` (pids of this side: os.kill reaches them), `calls`, `log`,
+  `spoken` (all that was ever in argv, environment or records: for canaries), and the CLI itself by `ok`, `json`, `call`.
+- What goes wrong: `services(False)`, `fault("build", exit=1)`, `fault("network", "create", hang=True, times=1)`,
+  `fault("stop", act=True, exit=1)`, `fault("exec", has=["pi"], bytes=900)`, `die`, `lose`, `end_exec`; `healthy` ends faults.
+- At its end an Apple fails the test if a call of somebody else than the rig was bad: refused for its usage (exit 64),
+  not carried out (70), or risky on a real Mac (`warnings`: an -e without value, a single file as a mount, one folder
+  mounted in two modes, a mount on a folder that a read-only image lacks).  `complaints()` takes them away.
+- To kill the server or a CLI is safe: everything ends with the test's process at the latest.
+
+Needs Linux with network namespaces, root, and the program ip; `CannotContain` says which of them is missing.
 """
 
 from __future__ import annotations
@@ -17,9 +38,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -28,11 +51,11 @@ from typing import Any
 
 from tests.container import container_cli, jail
 from tests.support.server import FAKE_PI
-from tests.support.tools import NODE, PI_PACKAGES, apt_install, install_pi, node_package, npm_install
+from tests.support.tools import NODE, PI_PACKAGES, apt_install, cache_folder, install_pi, node_package, npm_install
 
 ROOT = Path(__file__).resolve().parents[2]
 PI = "0.87.1"
-CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
+CLONE_NEWNET = 0x40000000
 TOOL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WRAPPER = """#!{python} -IS
 import sys
@@ -58,34 +81,27 @@ class CannotContain(AssertionError):
 # -- namespaces --------------------------------------------------------------------------------------------------------
 
 
-def become_root_inside() -> None:
-    """Makes this process root of a user namespace with one user; only possible while it has a single thread."""
-    uid, gid = os.geteuid(), os.getegid()
-    jail.checked("unshare", CLONE_NEWUSER)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
-
-
 @contextlib.contextmanager
 def namespaces() -> Iterator[None]:
     """Moves this thread, and what it starts, into an empty network namespace with a loopback device."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        raise CannotContain("the stand-in for Apple's containers needs Linux and root")
     if not shutil.which("ip", path=TOOL_PATH):
         apt_install("iproute2")
     outside = os.open("/proc/self/ns/net", os.O_RDONLY)
-    own_user = os.geteuid() == 0
     try:
-        if not own_user:
-            become_root_inside()
         jail.checked("unshare", CLONE_NEWNET)
         jail.ip("link set lo up")
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+        jail.probe(tempfile.gettempdir())
     except (OSError, jail.JailError) as error:
+        jail.LIBC.setns(outside, CLONE_NEWNET)
         os.close(outside)
-        raise CannotContain(f"containers need root or user namespaces, and network namespaces: {error}") from None
+        raise CannotContain(f"this machine cannot run the stand-in's containers: {error}") from None
     try:
         yield
     finally:
-        if own_user:  # from a user namespace there is no way back
-            jail.checked("setns", outside, CLONE_NEWNET)
+        jail.checked("setns", outside, CLONE_NEWNET)
         os.close(outside)
 
 
@@ -95,7 +111,7 @@ NODE_PATH = "/usr/local/bin/node"
 def contents() -> list[dict[str, Any]]:
     """Node and the real pi of both kinds, at the places where npm would have put them."""
     node = str(npm_install(node_package(), NODE) / "bin" / "node")
-    found: list[dict[str, Any]] = [{"paths": {NODE_PATH: node}}]
+    found: list[dict[str, Any]] = [{"when": r"FROM \S*\bnode\b", "paths": {NODE_PATH: node}}]
     for version, (package, script) in PI_PACKAGES.items():
         install_pi(version)
         modules = npm_install(package, version)
@@ -141,18 +157,20 @@ class Apple:
         given = {"contents": inside, "netns": jail.network_namespace(), "tag": self.tag, "owner": os.getpid(), **config}
         container_cli.save(str(self.state / "config.json"), given)
         self.program = self.bin / "container"
-        cache = str(self.folder / "cache")
-        self.program.write_text(
-            WRAPPER.format(python=sys.executable, cache=cache, root=str(ROOT), state=str(self.state))
-        )
+        cache = str(cache_folder() / "pycache")  # shared, or each stand-in would compile all anew
+        self.program.write_text(WRAPPER.format(python=sys.executable, cache=cache, root=str(ROOT), state=str(self.state)))
         self.program.chmod(0o755)
         self.store = container_cli.Store(str(self.state))
+        self.own: set[int] = set()  # pids of the rig's own calls
+        self.seen = 0  # calls whose complaints were taken
 
     def __enter__(self) -> Apple:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        complaints = self.complaints()
         self.clean()
+        assert kind or not complaints, "\n".join(complaints)
 
     @property
     def env(self) -> dict[str, str]:
@@ -168,16 +186,13 @@ class Apple:
         self, *arguments: str, input: str | None = None, timeout: float = 30.0, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs one command to its end, with a minimal environment."""
-        return subprocess.run(
-            [str(self.program), *arguments],
-            input=input or "",
-            capture_output=True,
-            text=True,
-            env={**self.minimal(), **(env or {})},
-            cwd=self.folder,
-            timeout=timeout,
-            check=False,
-        )
+        with self.open(*arguments, env=env) as process:
+            try:
+                out, errors = process.communicate((input or "").encode(), timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out.decode(), errors.decode("utf-8", "replace"))
 
     def ok(self, *arguments: str, **options: Any) -> str:
         """The output of a command that has to succeed, without the last newline."""
@@ -188,11 +203,13 @@ class Apple:
     def json(self, *arguments: str) -> Any:
         return json.loads(self.ok(*arguments))
 
-    def open(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def open(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Starts one command with pipes; the caller ends it, `clean` at the latest."""
-        pipe = subprocess.PIPE
-        command = [str(self.program), *arguments]
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=self.minimal(), cwd=self.folder)
+        pipe, command = subprocess.PIPE, [str(self.program), *arguments]
+        given = {**self.minimal(), **(env or {})}
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=given, cwd=self.folder)
+        self.own.add(process.pid)
+        return process
 
     def build(self, version: str = PI, name: str = "oppi-test:local") -> str:
         """An image with the real pi; returns its name."""
@@ -221,9 +238,7 @@ class Apple:
     def execs(self, name: str) -> dict[int, list[str]]:
         """pid here and argv of what `exec` has running in a container."""
         records = [container_cli.load(str(path), None) for path in self._exec_files(name)]
-        return {
-            record["pid"]: record["argv"] for record in records if record and Path(f"/proc/{record['pid']}").exists()
-        }
+        return {record["pid"]: record["argv"] for record in records if record and Path(f"/proc/{record['pid']}").exists()}
 
     def _exec_files(self, name: str) -> list[Path]:
         return list((self.state / "containers" / name / "execs").glob("*.json"))
@@ -243,6 +258,19 @@ class Apple:
     def calls(self, *first: str) -> list[list[str]]:
         """The argument lists that begin with these words."""
         return [entry["argv"] for entry in self.log() if tuple(entry["argv"][: len(first)]) == first]
+
+    def complaints(self) -> list[str]:
+        """What was bad about calls since the last time; of the rig's own ones only what could not be carried out."""
+        calls = [entry for entry in self.log()[self.seen :] if "exit" in entry]
+        self.seen = len(self.log())
+        bad = {64: "refused", container_cli.FAULT: "not carried out"}
+        found = [(entry, bad[entry["exit"]]) for entry in calls if entry["exit"] in bad]
+        found += [(entry, text) for entry in calls for text in entry["warnings"]]
+        return [
+            f"container {shlex.join(entry['argv'])}: {text}"
+            for entry, text in found
+            if entry["pid"] not in self.own or entry["exit"] == container_cli.FAULT
+        ]
 
     def spoken(self) -> str:
         """Everything that ever was in an argument or the environment of a call, and in a container's record."""
@@ -291,18 +319,18 @@ class Apple:
 
     def leftovers(self) -> list[tuple[int, str]]:
         """Live processes that belong to this stand-in: those in a container, then its helpers and calls."""
-        mine = f"{self.bin}/container"
-        inside = self._inside()
-        found = [(int(entry.name), command_line(int(entry.name))) for entry in Path("/proc").glob("[0-9]*")]
-        helpers = [(pid, line) for pid, line in found if mine in line and pid not in inside and pid != os.getpid()]
-        return [(pid, line) for pid, line in found if pid in inside and line] + helpers
+        mine, inside = f"{self.bin}/container", self._inside()
+        lines = {int(entry.name): command_line(int(entry.name)) for entry in Path("/proc").glob("[0-9]*")}
+        helpers = [pid for pid, line in lines.items() if mine in line and pid not in inside and pid != os.getpid()]
+        return [(pid, lines[pid]) for pid in [*filter(lines.get, inside), *helpers]]
 
     def _inside(self) -> set[int]:
         """What has a root folder of this stand-in in its mounts."""
-        found = set()
+        found, outside = set(), os.readlink("/proc/self/ns/mnt")
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if f"{self.state}/containers/" in (entry / "mountinfo").read_text():
+                other = os.readlink(entry / "ns/mnt") != outside
+                if other and f"{self.state}/containers/" in (entry / "mountinfo").read_text():
                     found.add(int(entry.name))
         return found
 
@@ -346,3 +374,27 @@ def alive(pid: int) -> bool:
 def internet(address: str) -> None:
     """Makes an address of the namespace's own stand for a host outside: only routed networks reach it."""
     jail.ip(f"addr add {address}/32 dev lo")
+
+
+@contextlib.contextmanager
+def forwarder(address: str, target: int) -> Iterator[int]:
+    """What stands between a container and a server on the host's loopback; yields its port."""
+    with socket.create_server((address, 0)) as server:
+
+        def pump(source: socket.socket, other: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    other.sendall(data)
+                other.shutdown(socket.SHUT_WR)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    peer, _ = server.accept()
+                    upstream = socket.create_connection(("127.0.0.1", target))
+                    for pair in ((peer, upstream), (upstream, peer)):
+                        threading.Thread(target=pump, args=pair, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)

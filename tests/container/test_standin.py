@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -22,7 +21,6 @@ import pytest
 
 from tests.container import grammar, images, jail
 from tests.container.rig import ROOT, Apple, alive, internet
-from tests.support.mock_llm import MockLLM
 from tests.support.server import Server
 
 IMAGE = "oppi-test:local"
@@ -81,6 +79,11 @@ WRONG = {
     "value joined to a short option": "run -eFOO=1 IMAGE",
     "short option with = ": "run -e=FOO=1 IMAGE",
     "value option in a group": "run -die FOO=1 IMAGE",
+    "what is not for untrusted code": "run --ssh IMAGE",
+    "a terminal": "exec -it box sh",
+    "a volume with a name": "run -v cache:/cache IMAGE",
+    "an anonymous volume": "run -v /cache IMAGE",
+    "tmpfs with options": "run --tmpfs /tmp:size=1M IMAGE",
     "flag with a value": "run --detach=yes IMAGE",
     "missing value": "run --name",
     "value that looks like an option": "run --name -x IMAGE",
@@ -136,7 +139,7 @@ WRONG = {
 RIGHT = {
     "equals": ("run --name=abc --cpus=2 image", {"name": "abc", "cpus": 2}),
     "value with a dash": ("run --workdir=/-x image", {"workdir": "/-x"}),
-    "group of flags": ("exec -it box sh", {"interactive": True, "tty": True}),
+    "group of flags": ("exec -id box sh", {"interactive": True, "detach": True}),
     "memory": ("run -m 2G image", {"memory": 2 << 30}),
     "memory in lower case": ("run -m 2048m image", {"memory": 2 << 30}),
     "aliases": ("rm -f box", {"force": True}),
@@ -159,14 +162,10 @@ SINCE = {
     "--init": ("run --init image", "0.10.0"),
     "--cap-drop": ("run --cap-drop ALL image", "0.12.0"),
     "--cap-add": ("create --cap-add ALL image", "0.12.0"),
-    "--shm-size": ("run --shm-size 64M image", "1.0.0"),
-    "--masked-path": ("run --masked-path NONE image", "1.2.1"),
     "status --format": ("system status --format json", "0.10.0"),
     "start --timeout": ("system start --timeout 5", "0.10.0"),
     "network --option": ("network create --option a=b oppi", "1.0.0"),
     "network --plugin": ("network create --plugin p oppi", "0.10.0"),
-    "build --secret": ("build --secret id=a .", "0.11.0"),
-    "build --ssh": ("build --ssh default .", "1.2.1"),
     "yaml": ("list --format yaml", "1.0.0"),
 }
 
@@ -196,7 +195,7 @@ def test_everything_after_the_first_word_is_the_processes() -> None:
     assert call.options == {"interactive": True}
 
 
-ANSWERS = [  # argv, exit code, what stderr begins with, what it contains
+ANSWERS = [  # argv, exit code, the first line of stderr, what else it contains
     (["run", "--nope", "image"], 64, "Error: Unknown option '--nope'\n", "Usage: container run [<options>] <image>"),
     (["run", "--name"], 64, "Error: Missing value for '--name <name>'\n", "See 'container run --help'"),
     (["exec"], 64, "Error: Missing expected argument '<container-id>'\n", "Usage: container exec"),
@@ -214,23 +213,11 @@ ANSWERS = [  # argv, exit code, what stderr begins with, what it contains
     (["stop", "-a", "box"], 1, "Error: explicitly supplied ids conflict with the --all flag\n", ""),
     (["delete", "box"], 1, "Error: internalError", "is running"),
     (["run", "--name", "box", IMAGE], 1, "Error: container with id box already exists\n", ""),
-    (
-        ["run", "oppi-server:local"],
-        1,
-        "Error: HTTP request to https://registry-1.docker.io/v2/library/oppi-server",
-        "401",
-    ),
+    (["run", "oppi-server:local"], 1, "Error: HTTP request to https://registry-1.docker.io/v2/library/oppi-server", "401"),
     (["run", "--network", "nowhere", IMAGE], 1, "Error: network nowhere not found\n", ""),
     (["run", "-u", "stranger", IMAGE], 1, "Error: unable to find user stranger", ""),
     (["run", "-v", "/not/there:/a", IMAGE], 1, "Error: path '/not/there' does not exist\n", ""),
-    (
-        ["run", "--mount", "type=bind,source=/etc/passwd,target=/a", IMAGE],
-        1,
-        "Error: path '/etc/passwd' is not a dir",
-        "",
-    ),
-    (["run", "-it", IMAGE, "sh"], 1, "Error: standard input is not a terminal\n", ""),
-    (["exec", "-it", "box", "sh"], 1, "Error: standard input is not a terminal\n", ""),
+    (["run", "--mount", "type=bind,source=/etc/passwd,target=/a", IMAGE], 1, "Error: path '/etc/passwd' is not a dir", ""),
     (["exec", "box", "no-such-program"], 1, "Error: failed to start container", "no-such-program"),
     (["run", "--rm", "--entrypoint", "nothing", IMAGE], 1, "Error: failed to start container", "nothing"),
     (["network", "create", "oppi"], 1, "Error: network oppi already exists\n", ""),
@@ -245,10 +232,7 @@ ANSWERS = [  # argv, exit code, what stderr begins with, what it contains
     (["network", "inspect", "nowhere"], 1, "Error: network not found: nowhere\n", ""),
     (["build", "/not/there"], 64, "Error: context dir does not exist", "Usage: container build"),
     (["build", "-f", "/not/there", "."], 64, "Error: dockerfile does not exist", "Usage: container build"),
-    (["image", "pull", "node:22-alpine"], 0, "", ""),
-    (["image", "pull", "nobody/nothing:1"], 1, "Error: HTTP request", "nobody/nothing"),
     (["image", "delete", "nothing:1"], 1, "Error: internalError", "image not found"),
-    (["volume", "delete", "nothing"], 1, "Error: internalError", "not found"),
 ]
 
 
@@ -256,9 +240,9 @@ ANSWERS = [  # argv, exit code, what stderr begins with, what it contains
 def test_the_answers_and_exit_codes(box: Apple, argv: list[str], code: int, begins: str, contains: str) -> None:
     done = box.call(*argv)
     assert done.returncode == code, done.stderr
-    assert done.stderr.startswith(begins) and contains in done.stderr
+    assert begins in done.stderr and contains in done.stderr
     if code == 64:
-        assert done.stdout == ""
+        assert done.stdout == "" and done.stderr.startswith(begins)
     assert box.running() == ["box"]  # a refused call leaves nothing behind
 
 
@@ -293,9 +277,14 @@ def test_a_missing_kernel_is_asked_for() -> None:
         fresh.services(False)
         done = fresh.call("system", "start")
         assert (done.returncode, done.stderr) == (1, "Error: failed to read user input\n")
-        assert fresh.call("system", "status").returncode == 1
+        fresh.ok("system", "status")  # the services run all the same
+        fresh.ok("system", "start", "--disable-kernel-install")
+        for argv in (("run", "-d", "node:22"), ("build", "-f", "-", "-t", "a:b", ".")):
+            done = fresh.call(*argv, input="FROM node:22\n")
+            assert done.returncode == 1 and "kernel not configured" in done.stderr
         fresh.ok("system", "start", "--enable-kernel-install")
-        assert fresh.call("system", "status").returncode == 0
+        fresh.ok("system", "start")
+        assert fresh.call("build", "-f", "-", "-t", "a:b", ".", input="FROM node:22\n").stdout == "a:b\n"
 
 
 def test_there_are_no_networks_before_macos_26() -> None:
@@ -311,29 +300,18 @@ def test_there_are_no_networks_before_macos_26() -> None:
 GOOD = """# syntax=docker/dockerfile:1
 ARG TAG=22-alpine
 FROM node:${TAG} AS base
+ARG WHO=pi
 RUN apk add --no-cache bash \\
     # a comment between
     git && \\
-    adduser -D -u 1001 -s /bin/bash pi
-FROM base
-ARG WHO=pi
+    adduser -D -u 1001 -s /bin/bash ${WHO} && mkdir -p /sessions /deep/er
 ENV GREETING="hello there" UV_CACHE_DIR=/uv-cache
-ENV OLD form of it
-COPY --chmod=755 hello.sh /usr/local/bin/hello
-COPY folder/ /opt/folder/
-RUN <<END
-set -e
-echo "${GREETING}"
-END
-COPY <<END /opt/note
-written here
-END
 USER ${WHO}
 WORKDIR /work
 WORKDIR sub
 LABEL a=b
-ENTRYPOINT ["hello", "-x"]
-CMD ["last"]
+ENTRYPOINT ["sh", "-c", "echo hello from $(id -un) in $PWD with $*: $GREETING; ls -d /sessions /deep/er"]
+CMD ["sh", "last"]
 """
 BAD = {
     "no FROM": ("RUN true\n", "no build stage"),
@@ -341,73 +319,61 @@ BAD = {
     "unknown instruction": ("FROM node:22\nRUNN true\n", "unknown instruction: RUNN"),
     "unknown base": ("FROM nobody/nothing:1\n", "not found"),
     "shell syntax": ("FROM node:22\nRUN if true; then\n", "did not complete successfully"),
-    "missing source": ("FROM node:22\nCOPY missing /x\n", '"/missing": not found'),
-    "source outside": ("FROM node:22\nCOPY ../../etc/passwd /x\n", "not found"),
     "bad ENV": ("FROM node:22\nENV A=1 B\n", "can't find ="),
-    "COPY of one": ("FROM node:22\nCOPY hello.sh\n", "at least two"),
-    "unknown stage": ("FROM node:22\nCOPY --from=nobody/nothing /a /b\n", "not found"),
-    "unknown flag": ("FROM node:22\nCOPY --nope a b\n", "unknown flag"),
-    "open document": ("FROM node:22\nRUN <<END\ntrue\n", "unterminated"),
     "too large": ("FROM node:22\n" + "#" * images.LARGEST, "smaller than 16384"),
 }
 
 
-@pytest.fixture
-def context(tmp_path: Path) -> Path:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "inside").write_text("inside")
-    (tmp_path / "hello.sh").write_text("#!/bin/sh\necho hello from $(id -un) in $PWD with $*: $GREETING, $OLD\n")
-    return tmp_path
-
-
 @pytest.mark.parametrize(("text", "why"), BAD.values(), ids=BAD)
-def test_a_build_that_fails(context: Path, tmp_path: Path, text: str, why: str) -> None:
+def test_a_build_that_fails(text: str, why: str) -> None:
     with pytest.raises(images.BuildFailed, match=why):
-        images.Build(str(context), str(tmp_path / "layers"), {}).run(text, None)
+        images.Build({}).run(text)
 
 
-def test_an_image_is_what_its_dockerfile_says(apple: Apple, context: Path) -> None:
-    (context / "Dockerfile").write_text(GOOD)
-    done = apple.call("build", "-t", "mine:1", "-t", "mine:2", "--label", "x=y", str(context))
+@pytest.mark.parametrize("line", ["FROM node:22", "COPY a /a", "RUN <<END\ntrue\nEND"])
+def test_what_an_image_cannot_have_here_is_no_failed_build(line: str) -> None:
+    with pytest.raises(NotImplementedError):
+        images.Build({}).run(f"FROM node:22\n{line}\n")
+
+
+def test_an_image_is_what_its_dockerfile_says(apple: Apple, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text(GOOD)
+    done = apple.call("build", "-t", "mine:1", "-t", "mine:2", "--build-arg", "WHO=me", str(tmp_path))
     assert done.stdout == "mine:1\nmine:2\n" and "DONE" in done.stderr
-    ran = apple.call("run", "--rm", "mine:1", "word")
-    assert ran.stdout == "hello from pi in /work/sub with -x word: hello there, form of it\n"
-    assert (
-        apple.ok("run", "--rm", "--entrypoint", "cat", "mine:1", "/opt/note", "/opt/folder/inside")
-        == "written here\ninside"
-    )
+    ran = apple.call("run", "--rm", "mine:1", "sh", "word")
+    assert ran.stdout == "hello from me in /work/sub with word: hello there\n/deep/er\n/sessions\n"
     config = apple.json("image", "inspect", "mine:2")[0]["variants"][0]["config"]["config"]
-    assert config["User"] == "pi" and config["WorkingDir"] == "/work/sub" and config["Entrypoint"] == ["hello", "-x"]
-    assert config["Cmd"] == ["last"] and "UV_CACHE_DIR=/uv-cache" in config["Env"]
+    assert config["User"] == "me" and config["WorkingDir"] == "/work/sub" and config["Entrypoint"][0] == "sh"
+    assert config["Cmd"] == ["sh", "last"] and "UV_CACHE_DIR=/uv-cache" in config["Env"] and config["Labels"] == {"a": "b"}
     assert apple.running() == []
 
 
-def test_a_dockerfile_from_stdin_and_by_name(apple: Apple, context: Path) -> None:
-    assert apple.ok("build", "-f", "-", "-t", "in:1", str(context), input="FROM node:22\n") == "in:1"
-    (context / "Containerfile").write_text("FROM alpine\n")
-    assert apple.ok("build", "-t", "found", str(context)) == "found:latest"
-    (context / "other").write_text("FROM nobody/nothing\n")
-    done = apple.call("build", "-f", str(context / "other"), "-t", "no:1", str(context))
+def test_a_dockerfile_from_stdin_and_by_name(apple: Apple, tmp_path: Path) -> None:
+    assert apple.ok("build", "-f", "-", "-t", "in:1", str(tmp_path), input="FROM node:22\n") == "in:1"
+    (tmp_path / "Containerfile").write_text("FROM alpine\n")
+    assert apple.ok("build", "-t", "found", str(tmp_path)) == "found:latest"
+    (tmp_path / "other").write_text("FROM nobody/nothing\n")
+    done = apple.call("build", "-f", str(tmp_path / "other"), "-t", "no:1", str(tmp_path))
     assert done.returncode == 1 and done.stdout == ""
     assert apple.call("image", "inspect", "no:1").returncode == 1
     listed = apple.ok("image", "list").splitlines()
     assert [line.split()[:2] for line in listed] == [["NAME", "TAG"], ["found", "latest"], ["in", "1"]]
-    apple.ok("image", "tag", "in:1", "in:2")
     assert apple.ok("image", "delete", "in:1") == "in:1"
-    assert [image["configuration"]["name"] for image in apple.json("image", "list", "--format", "json")] == [
-        "found:latest",
-        "in:2",
-    ]
+    assert [image["configuration"]["name"] for image in apple.json("image", "list", "--format", "json")] == ["found:latest"]
+
+
+def test_without_internet_nothing_is_pulled_or_built() -> None:
+    with Apple(online=False, contents=[]) as apple:
+        for argv in (("run", "-d", "node:22"), ("build", "-f", "-", "-t", "a:b", ".")):
+            assert apple.call(*argv, input="FROM node:22\n").returncode == 1
 
 
 def test_building_leaves_its_builder_running(apple: Apple) -> None:
     apple.build()
     (entry,) = apple.json("list", "--format", "json")
     assert (entry["id"], entry["status"]["state"]) == ("buildkit", "running")
-    apple.ok("builder", "stop")
+    apple.ok("stop", "buildkit")
     assert apple.ok("list", "-q") == ""
-    apple.ok("builder", "delete")
-    assert apple.ok("builder", "status") == "builder is not running"
 
 
 # -- containers and their JSON -----------------------------------------------------------------------------------------
@@ -500,7 +466,7 @@ def test_the_end_of_the_first_process_ends_all(box: Apple) -> None:
     cli = box.open("exec", "-i", "short", "sleep", "2000")
     until(lambda: {"sleep 1000", "sleep 2000"} <= set(box.processes("short").values()), "both")
     inside = box.processes("short")
-    shell(box, "short", "echo > /tmp/go")
+    box.call("exec", "short", "sh", "-c", "echo > /tmp/go")  # which may be killed with the rest
     until(lambda: state(box, "short") == "stopped", "the end")
     assert cli.wait(10) == 137
     assert not any(alive(pid) for pid in inside)
@@ -508,10 +474,8 @@ def test_the_end_of_the_first_process_ends_all(box: Apple) -> None:
 
 
 def test_a_foreground_run_returns_what_the_process_returns(box: Apple) -> None:
-    done = box.call(
-        "run", "--rm", "--entrypoint", "sh", IMAGE, "-c", "cat; echo out; echo err >&2; exit 7", input="unread"
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
+    done = box.call("run", "--rm", "--entrypoint", "sh", IMAGE, "-c", "cat; echo out; echo err >&2; exit 7", input="unread")
+    assert (done.returncode, done.stdout) == (7, "out\n") and done.stderr.endswith("err\n")
     assert box.ok("run", "--rm", "-i", "--entrypoint", "cat", IMAGE, input="read") == "read"
     assert box.call("run", "--rm", "--init", "--entrypoint", "sh", IMAGE, "-c", "kill -9 $$").returncode == 137
 
@@ -548,12 +512,6 @@ def test_kill_sends_what_it_is_told(box: Apple) -> None:
     assert box.ok("kill", "hup") == "hup"
     assert state(box, "hup") == "stopped"
     box.ok("delete", "hup")
-
-
-def test_stats_count_processes(box: Apple) -> None:
-    (entry,) = box.json("stats", "--no-stream", "--format", "json", "box")
-    assert entry["id"] == "box" and entry["numProcesses"] == len(box.processes("box"))
-    assert entry["memoryLimitBytes"] == 1 << 30 and entry["memoryUsageBytes"] > 0
 
 
 # -- exec --------------------------------------------------------------------------------------------------------------
@@ -600,9 +558,7 @@ def test_stdin_is_given_only_on_request(box: Apple) -> None:
     assert box.ok("exec", "-i", "box", "cat", input=long) == long
 
 
-@pytest.mark.parametrize(
-    ("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -9 $$", 137)]
-)
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -9 $$", 137)])
 def test_the_exit_code_of_an_exec(box: Apple, script: str, code: int) -> None:
     assert box.call("exec", "box", "sh", "-c", script).returncode == code
 
@@ -723,20 +679,15 @@ def test_mounts_and_their_modes(box: Apple) -> None:
     start(
         box, "mounts", "-v", f"{home}/deep:/a/b/c", "-v", f"{home}/outer:/a", "-v", f"{home}/read:/read:ro",
         "--mount", f"type=bind,source={home}/outer/inner,target=/inner,readonly", "--tmpfs", "/scratch",
-        "--mount", "type=tmpfs,target=/small,size=1M,mode=1777", "-v", "cache:/cache", "-u", "0",
+        "--mount", "type=tmpfs,target=/small,size=1M,mode=1777", "-u", "0",
     )  # fmt: skip
-    assert (
-        shell(box, "mounts", "cat /a/b/c/file /a/inner/file /read/file /inner/file") == "deepouter/innerreadouter/inner"
-    )
+    assert shell(box, "mounts", "cat /a/b/c/file /a/inner/file /read/file /inner/file") == "deepouter/innerreadouter/inner"
     for place, message in (("/read/x", "Read-only"), ("/inner/x", "Read-only"), ("/small/x", "No space")):
         done = box.call("exec", "mounts", "dd", "if=/dev/zero", f"of={place}", "bs=2M", "count=1")
         assert done.returncode == 1 and message in done.stderr
-    shell(box, "mounts", "touch /a/x /a/b/c/x /scratch/x /cache/x && touch /a/inner/y")
+    shell(box, "mounts", "touch /a/x /a/b/c/x /scratch/x && touch /a/inner/y")
     assert (home / "outer/inner/y").exists()  # it stays writable through the outer mount
-    done = box.call("run", "--entrypoint", "true", "-v", "cache:/x", IMAGE)
-    assert done.returncode == 1 and "in use by container mounts" in done.stderr
     box.ok("delete", "-f", "mounts")
-    box.ok("volume", "delete", "cache")
 
 
 def test_one_folder_mounted_twice_has_one_mode(box: Apple) -> None:
@@ -803,6 +754,7 @@ def test_a_network_has_a_gateway_only_while_it_is_used(apple: Apple) -> None:
     apple.ok("network", "create", "--subnet", "10.55.0.0/24", "--label", "owner=me", "oppi")
     (network,) = apple.json("network", "inspect", "oppi")
     assert network["status"] == {"ipv4Subnet": "10.55.0.0/24", "ipv4Gateway": "10.55.0.1"}
+    assert network["configuration"]["ipv4Subnet"] == "10.55.0.0/24"
     assert network["configuration"]["labels"] == {"owner": "me"} and network["configuration"]["mode"] == "nat"
     with pytest.raises(OSError) as failed:
         socket.create_server(("10.55.0.1", 0))
@@ -829,13 +781,7 @@ def test_who_reaches_whom(box: Apple) -> None:
     assert closed["configuration"]["mode"] == "hostOnly"
     start(box, "inner", "--network", "closed")
     start(box, "lonely", "--network", "none")
-    start(
-        box,
-        "listener",
-        "--network",
-        "oppi",
-        command=("-c", "node -e \"net.createServer(s => s.end('hi\\n')).listen(9099)\""),
-    )
+    start(box, "listener", "--network", "oppi", command=("-c", "node -e \"net.createServer(s => s.end('hi\\n')).listen(9099)\""))
     internet("203.0.113.7")
     with greeter("203.0.113.7") as outside, greeter("127.0.0.1") as local, greeter("0.0.0.0") as everywhere:
         assert reach(box, "box", "203.0.113.7", outside)
@@ -870,6 +816,7 @@ def test_subnets_are_given_out_without_overlap(box: Apple) -> None:
     assert done.returncode == 1 and "overlaps an existing network with subnet 192.168.65.0/24" in done.stderr
     box.ok("network", "delete", "auto1", "auto2")
     assert "default" in box.ok("network", "list", "-q").split()
+    assert "ipv4Subnet" not in box.json("network", "inspect", "default")[0]["configuration"]  # only what was asked for
 
 
 # -- what a test can make go wrong -------------------------------------------------------------------------------------
@@ -961,6 +908,22 @@ def test_every_call_is_written_down(box: Apple) -> None:
     assert entry["end"] >= entry["at"] and "secret" in box.spoken()
 
 
+def test_bad_calls_of_others_fail_the_test(apple: Apple) -> None:
+    apple.call("list", "--nope")
+    assert apple.complaints() == []
+    for argv in (["list", "--nope"], ["build", "-f", "-", "."], ["image", "inspect", "nothing:1"]):
+        subprocess.run([str(apple.program), *argv], input=b"FROM node\nADD a /b\n", check=False, capture_output=True)
+    refused, undone = apple.complaints()
+    assert refused == "container list --nope: refused" and undone == "container build -f - .: not carried out"
+    apple.build()
+    (apple.home / "file").write_text("")
+    sources = ("-v", f"{apple.home}/file:/file", "-v", f"{apple.home}:/missing")
+    argv = ["run", "--rm", "--read-only", *sources, "-e", "PATH", "--entrypoint", "true", IMAGE]
+    subprocess.run([str(apple.program), *argv], check=True, capture_output=True)
+    assert len(apple.complaints()) == 4
+    assert apple.complaints() == []
+
+
 def test_nothing_is_left_of_a_stand_in_whatever_happened() -> None:
     bridges = jail.ip("link show type bridge")
     with pytest.raises(ZeroDivisionError), Apple() as apple:
@@ -1009,72 +972,13 @@ def test_two_starts_at_once_make_one_container(box: Apple) -> None:
     box.ok("delete", "-f", "race")
 
 
-# -- the real pi -------------------------------------------------------------------------------------------------------
-
-
-def test_the_real_pi_runs_inside(box: Apple) -> None:
-    assert box.ok("exec", "box", "pi", "--version", env={"PI_OFFLINE": "1"}) == "0.87.1"
-    options = ("-i", "-e", "PI_OFFLINE=1", "-e", "PI_CODING_AGENT_DIR=/work/agent")
-    cli = box.open("exec", *options, "box", "pi", "--mode", "rpc", "--no-extensions")
-    assert cli.stdin and cli.stdout
-    cli.stdin.write(b'{"type": "get_state", "id": "1"}\n')
-    cli.stdin.flush()
-    answer = None
-    deadline = time.monotonic() + 30
-    while answer is None and time.monotonic() < deadline and select.select([cli.stdout], [], [], 30)[0]:
-        line = json.loads(cli.stdout.readline())
-        answer = line if line.get("id") == "1" else None
-    assert answer and answer["command"] == "get_state" and answer["success"]
-    assert answer["data"]["sessionId"] and answer["data"]["isStreaming"] is False
-    cli.stdin.close()
-    assert cli.wait(20) == 0
-    assert not box.execs("box")
-
-
-@contextlib.contextmanager
-def forwarder(address: str, target: int) -> Iterator[int]:
-    """What stands between a container and a server on the host's loopback; yields its port."""
-    with socket.create_server((address, 0)) as server:
-
-        def pump(source: socket.socket, other: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    other.sendall(data)
-                other.shutdown(socket.SHUT_WR)
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    peer, _ = server.accept()
-                    upstream = socket.create_connection(("127.0.0.1", target))
-                    for pair in ((peer, upstream), (upstream, peer)):
-                        threading.Thread(target=pump, args=pair, daemon=True).start()
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)
-
-
-def test_a_turn_of_the_real_pi_through_the_gateway(box: Apple) -> None:
-    agent = box.home / "work" / "turn"
-    agent.mkdir()
-    with MockLLM() as llm, forwarder("10.201.7.1", llm.port) as port:
-        (agent / "models.json").write_text(llm.models_json().replace(f"127.0.0.1:{llm.port}", f"10.201.7.1:{port}"))
-        environment = ("-e", "PI_OFFLINE=1", "-e", "PI_CODING_AGENT_DIR=/work/turn")
-        model = ("--provider", "mock", "--model", "mock-1", "--no-extensions", "--no-session")
-        prompt = '!tool bash {"command": "hostname; id -un; pwd > /work/turn/made"}\n!say All done.'
-        assert box.ok("exec", "-i", *environment, "box", "pi", *model, "-p", prompt) == "All done."
-        (result,) = [message for message in llm.requests[-1]["messages"] if message["role"] == "tool"]
-        assert "box\npi" in str(result["content"]) or "box\\npi" in str(result["content"])
-    assert (agent / "made").read_text() == "/work\n"
+# -- with oppi ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_finds_the_stand_in_and_the_scripted_pi_can_be_inside() -> None:
     with Apple(fake={"DIALECT": "0.87"}) as apple, Server(env=apple.env) as server:
         assert server.pair("1.1").token
-        found = subprocess.run(
-            ["sh", "-c", "command -v container"], env=server.env, capture_output=True, text=True, check=True
-        )
+        found = subprocess.run(["sh", "-c", "command -v container"], env=server.env, capture_output=True, text=True, check=True)
         assert found.stdout.strip() == str(apple.program)
         apple.build()
         start(apple, "ws1", "--network", "none")
