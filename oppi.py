@@ -5655,7 +5655,7 @@ class CredentialProxy:
             opening = asyncio.open_connection(parts.hostname, parts.port or (443 if tls else 80), ssl=tls, limit=PROXY_HEAD)
             there, back = await asyncio.wait_for(opening, PROXY_CONNECT_S)
         except (OSError, asyncio.TimeoutError) as error:
-            raise Refused(502, f"Upstream error: {getattr(error, 'strerror', None) or type(error).__name__}") from None
+            raise Refused(502, f"Upstream error: {type(error).__name__}") from None
         own = {"host": parts.netloc, "content-length": str(length), "connection": "close"}
         target = parts.path + "?" * bool(parts.query) + parts.query
         head = [f"POST {target} HTTP/1.1", *(f"{name}: {value}" for name, value in {**headers, **own}.items())]
