@@ -162,7 +162,7 @@ def run(tmp_path: Path) -> Callable[[Callable[[World], Coroutine[Any, Any, None]
         async def main() -> None:
             world = await World(tmp_path).open()
             try:
-                await asyncio.wait_for(test(world), 60)
+                await asyncio.wait_for(test(world), 150)
             finally:
                 await world.proxy.close()
                 world.upstream.server.close()
@@ -300,7 +300,7 @@ async def test_a_command_is_asked_once_for_many_requests_and_again_when_it_faile
     asked = world.folder / "asked"
     world.models(mine=world.custom(apiKey=f"!echo x >> {asked}; echo canary-out"))
     inside = world.inside()
-    assert {status for status, _ in await asyncio.gather(*(answer(inside) for _ in range(5)))} == {200}
+    assert [(await answer(inside))[0] for _ in range(5)] == [200] * 5
     assert asked.read_text() == "x\n"
     world.models(mine=world.custom(apiKey=f"!test -e {world.folder}/ready && echo canary-out"))
     inside = world.inside()
@@ -785,15 +785,12 @@ async def test_certificates_are_checked(world: World, monkeypatch: pytest.Monkey
     port = server.sockets[0].getsockname()[1]
     world.models(mine=world.custom(apiKey="canary-key", baseUrl=f"https://localhost:{port}/v1"))
     inside = world.inside()
-    oppi.trusted.cache_clear()
     assert await answer(inside) == (502, "Upstream error: SSLCertVerificationError")
     assert not world.upstream.requests
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    oppi.trusted.cache_clear()
+    await world.proxy.open(0)
     assert (await answer(inside))[0] == 200
     assert world.upstream.requests[0][1]["authorization"] == "Bearer canary-key"
-    monkeypatch.undo()
-    oppi.trusted.cache_clear()
     server.close()
 
 
@@ -1213,7 +1210,7 @@ async def ask_pi(world: World, version: str, inside: Inside, provider: str, mode
         install_pi(version), *flags, "!say hello from afar", env=env, cwd=agent,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    out, err = await asyncio.wait_for(pi.communicate(), 60)
+    out, err = await asyncio.wait_for(pi.communicate(), 120)
     return out.decode(), err.decode()
 
 
@@ -1274,9 +1271,10 @@ async def test_the_real_pi_sends_a_stub_of_claude_as_it_would_the_key_or_login(w
 
 
 @pytest.mark.parametrize("version", ["0.73.1", "0.87.1"])
+@pytest.mark.parametrize("provider", REAL)
 @with_world
-async def test_the_real_pi_reaches_every_kind_of_provider(world: World, version: str) -> None:
-    """Each is asked for one answer and gets an error; what counts is that it was asked in the right place with the real key."""
+async def test_the_real_pi_reaches_a_provider_of_each_kind(world: World, version: str, provider: str) -> None:
+    """It gets an error for an answer; what counts is that it asked in the right place and with the real key."""
     route_from_inside()
 
     async def sorry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1285,13 +1283,12 @@ async def test_the_real_pi_reaches_every_kind_of_provider(world: World, version:
 
     world.upstream.reply = sorry
     login = {"type": "oauth", "access": jwt(CANARY), "refresh": "canary-r", "expires": oppi.now_ms() + DAY, "accountId": CANARY}
-    world.login(**{**{name: {"type": "api_key", "key": "canary-key"} for name in REAL}, "openai-codex": login})
-    world.models(**{name: {"baseUrl": f"{world.upstream.url}/{name}"} for name in REAL})
-    for provider, model in REAL.items():
-        before = len(world.upstream.requests)
-        out, err = await ask_pi(world, version, world.inside(), provider, model)
-        requests = world.upstream.requests[before:]
-        assert requests, f"{provider}: {out} {err}"
-        (line, headers, _), key = requests[0], jwt(CANARY) if provider == "openai-codex" else "canary-key"
-        assert line.startswith(f"POST /{provider}/") and key in str(headers) and "oppi-" not in str(headers)
-        assert provider != "openai-codex" or headers["chatgpt-account-id"] == CANARY
+    codex = provider == "openai-codex"
+    world.login(**{provider: login if codex else {"type": "api_key", "key": "canary-key"}})
+    world.models(**{provider: {"baseUrl": f"{world.upstream.url}/base"}})
+    out, err = await ask_pi(world, version, world.inside(), provider, REAL[provider])
+    assert world.upstream.requests, out + err
+    line, headers, _ = world.upstream.requests[0]
+    assert line.startswith("POST /base/") and "oppi-" not in str(headers)
+    assert (jwt(CANARY) if codex else "canary-key") in str(headers)
+    assert headers.get("chatgpt-account-id") == (CANARY if codex else None)
