@@ -5077,7 +5077,7 @@ APIS = {  # pi's name of an API -> what it posts to below the base URL
     "google-generative-ai": r"/models/[\w.@-]+:streamGenerateContent",
     "mistral-conversations": "/v1/chat/completions",
 }
-# pi's own providers: variables of the key unless it is NAME_API_KEY, host, path for the APIs (one letter each, in the order above).
+# pi's own providers: variables of the key if not NAME_API_KEY, host, path for the APIs (one letter each, in the order above).
 # Those without a host need more than a base URL and a key.
 BUILT_IN = """
 amazon-bedrock AWS_BEARER_TOKEN_BEDROCK ; ant-ling api.ant-ling.com c=/v1
@@ -5166,6 +5166,12 @@ def built_in() -> dict[str, tuple[list[str], dict[str, str]]]:
     return found
 
 
+def lasts(entry: Json) -> float:
+    """For how long a login of auth.json still is good, in ms."""
+    until = entry.get("expires")
+    return until - now_ms() if isinstance(until, (int, float)) else 0
+
+
 def plain_value(raw: Any, env: Mapping[str, str]) -> str:
     """A key or header of pi's files that is not a command: a variable's name (pi 0.73), or text with $NAME, ${NAME}, $$ and $!.
     "" for what is not set."""
@@ -5251,22 +5257,18 @@ class Guest:
         self.requests: set[asyncio.Task[Any]] = set()
 
     def offer(self, name: str, entry: Json, config: Json, env: Mapping[str, str]) -> None:
-        """A provider with its entries in auth.json and models.json: behind the proxy, as it is, or as a warning."""
+        """A provider with its entries in auth.json and models.json.  Raises ValueError, TypeError, OSError if it cannot be."""
         variables, own = built_in().get(name, ([], {}))
         raw = entry.get("key") or config.get("apiKey") or next(filter(None, map(env.get, variables)), "")
         login, keyed = entry.get("type") == "oauth", bool(entry or raw)
         apis = [*own, *(part.get("api") for part in (config, *map(obj, arr(config.get("models")))))]
         fallback = config.get("baseUrl") or next(iter(own.values()), "")
         bases = {api: config.get("baseUrl") or own.get(api) or fallback for api in apis if api in APIS}
-        try:
-            if "oauth" in config or keyed and not any(bases.values()):
-                raise ValueError("pi does not reach it with a key over a base URL")
-            if login and name not in REFRESHERS and entry.get("expires", 0) <= now_ms():
-                raise ValueError("its login has expired, and only pi itself can renew it")
-            inside = self._provider(Route(name, bases, config.get("apiKey"), {}), config, keyed)
-        except ValueError as error:
-            self.grant.warnings.append(f"{name} cannot be used in a container: {error}.")
-            return
+        if "oauth" in config or keyed and not any(bases.values()):
+            raise ValueError("pi does not reach it with a key over a base URL")
+        if login and name not in REFRESHERS and lasts(entry) <= 0:
+            raise ValueError("its login has expired, and only pi itself can renew it")
+        inside = self._provider(Route(name, bases, config.get("apiKey"), {}), config, keyed)
         if keyed:
             stub = self._stub(name, login or "sk-ant-oat" in plain_value(raw, env))
             stored = {"access": stub, "refresh": "none", "expires": FOREVER} if login else {"key": stub}
@@ -5392,7 +5394,7 @@ class CredentialProxy:
         self.doors[gateway] = Door(gateway, network, port, self._serve)
 
     def grant(self, session_id: str, gateway: str) -> Grant:
-        """A session's new secret, and files for inside from what the host has now.  Raises NotFound before `admit`, OSError."""
+        """A session's new secret, and files for inside from what the host has now.  Raises NotFound before `admit`."""
         self.revoke(session_id)
         door = existing(self.doors.get(gateway), "The container's network is not known")
         guest = Guest(door, functools.partial(self.bridge, session_id, door))
@@ -5403,7 +5405,10 @@ class CredentialProxy:
             guest.grant.warnings.append("models.json cannot be read: its providers cannot be used in a container.")
         have = [name for name, (variables, _) in built_in().items() if any(map(env.get, variables))]
         for name in dict.fromkeys([*logins, *configs, *have]):
-            guest.offer(name, obj(logins.get(name)), obj(configs.get(name)), env)
+            try:
+                guest.offer(name, obj(logins.get(name)), obj(configs.get(name)), env)
+            except (ValueError, TypeError, OSError) as error:
+                guest.grant.warnings.append(f"{name} cannot be used in a container: {error}.")
         self.guests[session_id] = guest
         grant = guest.grant
         del guest.secret, guest.grant  # only the hash is kept
@@ -5419,7 +5424,7 @@ class CredentialProxy:
         return obj(obj(parse_json(text)).get("providers"))
 
     def _auth(self, strict: bool = False) -> Json:
-        """auth.json; unless `strict` as it was before pi, which does not write it in one go, began to write.  Raises ValueError."""
+        """auth.json; unless `strict` as it was before pi, which writes it bit by bit, began to.  Raises ValueError."""
         try:
             self._logins = obj(parse_json(read_file(self.auth_file).decode("utf-8-sig")))
         except OSError:
@@ -5476,7 +5481,8 @@ class CredentialProxy:
                 text = str(error).encode("utf-8", "replace")
                 head = f"HTTP/1.1 {error.status} Refused\r\nContent-Type: text/plain\r\nContent-Length: {len(text)}\r\n"
                 writer.write(head.encode() + b"Connection: close\r\n\r\n" + text)
-                writer.write_eof()  # closing with bytes unread would take the answer back
+            writer.write_eof()
+            with contextlib.suppress(asyncio.TimeoutError):  # closing with bytes unread would take the answer back
                 await asyncio.wait_for(copy_bytes(reader), 2)
             writer.close()
             await writer.wait_closed()
@@ -5497,7 +5503,7 @@ class CredentialProxy:
         stubs = [stub[1] for _, value in fields if (stub := STUB.search(value))]
         demand(stubs, 401, "Missing or invalid session token")
         hashed = token_hash(stubs[0])
-        guests = [it for it in self.guests.values() if same_secret(it.hash, hashed) and it.door.gateway == door.gateway]
+        guests = [it for it in self.guests.values() if same_secret(it.hash, hashed) and it.door is door]
         demand(guests, 403, "Session not registered")
         route, url = self._place(guests[0], *line[0])
         length, requests = given.get("content-length", ""), guests[0].requests
@@ -5571,13 +5577,13 @@ class CredentialProxy:
     async def _access(self, route: Route) -> str:
         """A login's token that is still good; one that is not is renewed once for all who wait.  Raises Refused."""
         name = route.provider
-        if name in REFRESHERS and obj(self._auth().get(name)).get("expires", 0) < now_ms() + REFRESH_EARLY_MS:
+        if name in REFRESHERS and lasts(obj(self._auth().get(name))) < REFRESH_EARLY_MS:
             if name not in self.refreshing:
                 self.refreshing[name] = asyncio.ensure_future(self._refresh(name))
                 self.refreshing[name].add_done_callback(lambda _: self.refreshing.pop(name))
             await asyncio.shield(self.refreshing[name])
         entry = obj(self._auth().get(name))
-        return await self._value(route, entry.get("access") if entry.get("expires", 0) > now_ms() else "")
+        return await self._value(route, entry.get("access") if lasts(entry) > 0 else "")
 
     async def _refresh(self, name: str) -> None:
         """Renew a login and store it, as pi does: under its lock, and only if nobody else just did."""
@@ -5586,14 +5592,16 @@ class CredentialProxy:
             await take_lock(lock)
             try:
                 entry = self._auth(True)[name]
-                if entry["expires"] < now_ms() + REFRESH_EARLY_MS:
+                if lasts(entry) < REFRESH_EARLY_MS:
                     work = asyncio.get_running_loop().run_in_executor(None, renewed, name, entry)
                     while not (await asyncio.wait({work}, timeout=LOCK_BEAT_S))[0]:
-                        os.utime(lock)
+                        with contextlib.suppress(OSError):  # somebody took it, but the new tokens must not be lost
+                            os.utime(lock)
                     if self._auth(True).get(name) == entry:
                         write_file(os.path.realpath(self.auth_file), pretty({**self._logins, name: work.result()}))
             finally:
-                os.rmdir(lock)
+                with contextlib.suppress(OSError):
+                    os.rmdir(lock)
         except Exception as error:  # whatever a file or an answer may hold
             self.say(f"the login of {name} could not be renewed: {type(error).__name__} {getattr(error, 'code', '')}")
 

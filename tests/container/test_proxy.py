@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from pathlib import Path
@@ -202,7 +201,8 @@ async def until(condition: Callable[[], Any], what: str) -> None:
 @with_world
 async def test_a_key_is_put_where_the_stub_was_and_the_rest_passes_unchanged(world: World) -> None:
     inside = world.keyed()
-    status, body = await answer(inside, body=b'{"x": 1}', x_own="yes", cookie="a=b", accept="text/event-stream", connection="keep-alive")
+    headers = {"x-own": "yes", "cookie": "a=b", "accept": "text/event-stream", "connection": "keep-alive"}
+    status, body = await answer(inside, body=b'{"x": 1}', **headers)
     assert (status, body) == (200, "{}")
     line, headers, sent = world.upstream.requests[0]
     assert line == "POST /v1/chat/completions HTTP/1.1" and sent == b'{"x": 1}'
@@ -376,7 +376,7 @@ async def test_no_canary_is_in_anything_an_agent_can_read(world: World) -> None:
     )  # fmt: skip
     inside = world.inside()
     assert CANARY not in inside.text
-    assert sorted(inside.grant.auth) == ["anthropic", "command", "env", "groq", "mine", "mistral", "openai-codex", "openrouter", "xai"]
+    assert set(inside.grant.auth) == {*"anthropic command env groq mine mistral openai-codex openrouter xai".split()}
     named = {text.split()[0] for text in inside.grant.warnings}
     assert named == {"github-copilot", "unheard", "amazon-bedrock", "userinfo", "query", "open", "radius"}
     assert all("cannot be used in a container: " in text and text.endswith(".") for text in inside.grant.warnings)
@@ -425,6 +425,24 @@ async def test_a_file_that_cannot_be_read_is_a_warning_or_waits(world: World) ->
     (world.folder / "models.json").write_text(text)
     assert (await answer(world.inside()))[0] == 200
     assert world.upstream.requests[-1][1]["authorization"] == "Bearer http://no-comment"
+
+
+@with_world
+async def test_nonsense_in_the_files_costs_only_the_provider_that_has_it(world: World) -> None:
+    nonsense = [1, "x", None, {}, []]
+    for odd in nonsense:
+        fields = "baseUrl api apiKey headers models modelOverrides compat".split()
+        world.models(mine=world.custom(apiKey="canary-key"), whole=odd, **{name: world.custom(**{name: odd}) for name in fields})
+        kinds = {"type": "oauth", "access": "x", "expires": odd}, {"type": "api_key", "key": odd}, {"type": odd}
+        world.login(**{f"a{n}": it for n, it in enumerate(kinds)}, openai=kinds[0], groq=kinds[1], xai=kinds[2], google=odd)
+        inside = world.inside()
+        assert (await answer(inside))[0] == 200
+        for name in ("openai", "xai"):
+            if name in inside.grant.models["providers"]:
+                assert (await answer(inside, name, "/responses"))[0] == 502
+    for text in ("[]", '{"providers": 5}', "5"):
+        (world.folder / "models.json").write_text(text)
+        assert "mine" not in world.inside().grant.models["providers"]
 
 
 LISTING = """
@@ -737,7 +755,8 @@ async def test_a_stream_that_is_cut_upstream_is_cut_for_the_caller(world: World,
 @pytest.mark.parametrize(
     "said",
     [
-        b"", b"HTTP/1.1 200", b"SSH-2.0\r\n\r\n", b"HTTP/1.1 200 OK\nX: y\n\n", b"HTTP/1.1 999 No\r\n\r\n", b"HTTP/1.1 200 OK\r\nX\r\n\r\n",
+        b"", b"HTTP/1.1 200", b"SSH-2.0\r\n\r\n", b"HTTP/1.1 200 OK\nX: y\n\n", b"HTTP/1.1 999 No\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 99999,
     ],
 )  # fmt: skip
@@ -994,6 +1013,11 @@ async def test_a_token_that_soon_expires_is_used_when_it_cannot_be_renewed(world
         assert login.used() == ["canary-old"] and len(login.issuer.requests) == 1
 
 
+def locking(modules: Path) -> str:
+    """The package with which pi locks, as a word of JavaScript."""
+    return json.dumps(f"{modules}/proper-lockfile/index.js")
+
+
 HOLDER = """
 import lockfile from %s;
 import fs from 'fs';
@@ -1017,7 +1041,7 @@ async def test_pi_that_holds_its_lock_is_waited_for_and_what_it_got_is_used(
     node, modules = node_and_modules("0.87.1")
     async with expired(world, monkeypatch) as login:
         holder = await asyncio.create_subprocess_exec(
-            node, "--input-type=module", "-e", HOLDER % json.dumps(f"{modules}/proper-lockfile/index.js"), str(world.folder / "auth.json"),
+            node, "--input-type=module", "-e", HOLDER % locking(modules), str(world.folder / "auth.json"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert holder.stdout and holder.stdin
@@ -1056,7 +1080,7 @@ async def test_pi_finds_the_lock_held_while_a_login_is_renewed(world: World, mon
         lock = world.folder / "auth.json.lock"
         os.utime(lock, (1, 1))  # as if much time had gone
         await until(lambda: lock.stat().st_mtime > time.time() - 5, "a sign of life")
-        command = [node, "--input-type=module", "-e", TRIER % json.dumps(f"{modules}/proper-lockfile/index.js"), str(world.folder / "auth.json")]
+        command = [node, "--input-type=module", "-e", TRIER % locking(modules), str(world.folder / "auth.json")]
         done = await asyncio.get_running_loop().run_in_executor(None, lambda: subprocess.run(command, capture_output=True))
         assert done.stdout == b"ELOCKED\n"
         closing = asyncio.ensure_future(world.proxy.close())  # a login that was renewed must not be lost
@@ -1088,6 +1112,22 @@ async def test_a_lock_that_is_never_given_back_is_not_waited_for_without_end(
         os.utime(lock, (time.time() + 60, time.time() + 60))
         assert (await login.ask(world.inside()))[0] == 502 and lock.exists()
         assert "could not be renewed: Unavailable" in world.log[0]
+
+
+@with_world
+async def test_new_tokens_are_kept_when_the_lock_was_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oppi, "LOCK_BEAT_S", 0.01)
+    async with expired(world, monkeypatch) as login:
+        issue = login.issuer.reply
+
+        async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            (world.folder / "auth.json.lock").rmdir()
+            await asyncio.sleep(0.1)  # several signs of life
+            await issue(reader, writer)
+
+        login.issuer.reply = slow
+        assert (await login.ask(world.inside()))[0] == 200
+        assert world.logins()["anthropic"]["refresh"] == "canary-r1" and not world.log
 
 
 @with_world
@@ -1189,9 +1229,10 @@ async def test_only_plain_http_is_bridged(world: World) -> None:
 
 # -- the real pi ---------------------------------------------------------------------------------------------------------
 
-REAL = {  # provider -> a model of it that both versions have or are told, and an error for what is not scripted
-    "anthropic": "claude-sonnet-4-5", "openai": "gpt-5", "openai-codex": "gpt-5.4", "google": "gemini-2.5-pro", "groq": "openai/gpt-oss-120b",
-    "mistral": "devstral-medium-latest", "openrouter": "openai/gpt-5", "opencode": "claude-sonnet-4-5",
+REAL = {  # one provider of each kind, and a model of it
+    "anthropic": "claude-sonnet-4-5", "openai": "gpt-5", "openai-codex": "gpt-5.4", "google": "gemini-2.5-pro",
+    "groq": "openai/gpt-oss-120b", "mistral": "devstral-medium-latest", "openrouter": "openai/gpt-5",
+    "opencode": "claude-sonnet-4-5",
 }  # fmt: skip
 
 
@@ -1203,7 +1244,7 @@ async def ask_pi(world: World, version: str, inside: Inside, provider: str, mode
         (agent / name).write_text(json.dumps(content))
     (agent / "settings.json").write_text('{"retry": {"enabled": false}}')
     env = {
-        "PATH": os.environ["PATH"], "HOME": str(agent), "PI_CODING_AGENT_DIR": str(agent), "PI_OFFLINE": "1", "PI_SKIP_VERSION_CHECK": "1",
+        "PATH": os.environ["PATH"], "HOME": str(agent), "PI_CODING_AGENT_DIR": str(agent), "PI_OFFLINE": "1",
     }  # fmt: skip
     flags = ["-p", "--no-session", "--no-extensions", "--no-skills", "--provider", provider, "--model", model]
     pi = await asyncio.create_subprocess_exec(
@@ -1224,7 +1265,8 @@ def route_from_inside() -> None:
 async def test_the_real_pi_has_a_turn_with_nothing_but_a_grant(world: World, version: str) -> None:
     route_from_inside()
     with MockLLM() as llm:
-        mine = {**json.loads(llm.models_json())["providers"]["mock"], "apiKey": "!echo canary-key", "headers": {"X-Team": "canary-team"}}
+        mine = json.loads(llm.models_json())["providers"]["mock"]
+        mine.update(apiKey="!echo canary-key", headers={"X-Team": "canary-team"})
         world.models(mine=mine, groq={"baseUrl": mine["baseUrl"]})
         world.env["GROQ_API_KEY"] = "canary-groq"
         inside = world.inside()
