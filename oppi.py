@@ -5113,7 +5113,7 @@ CARRIERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")  # header
 DROPPED = ("host connection keep-alive upgrade te trailer expect cookie set-cookie content-length proxy-authorization "
            "proxy-connection").split()  # headers of one connection, and what is nobody's business
 STUB = regex(r"(oppi-[A-Za-z0-9_-]{43})(?:\.(\d{1,4}))?")  # a secret, or one with the number of a header of models.json
-VARIABLE = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
+KEY_PART = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 FOREVER = 4_102_444_800_000  # ms: the year 2100
 PROXY_PORT = 7751
@@ -5177,9 +5177,9 @@ def plain_value(raw: Any, env: Mapping[str, str]) -> str:
     "" for what is not set."""
     if not isinstance(raw, str) or raw in env:
         return env.get(raw, "") if isinstance(raw, str) else ""
-    if not all(found[1] or env.get(found[2] or found[3]) for found in VARIABLE.finditer(raw)):
+    if not all(found[1] or env.get(found[2] or found[3]) for found in KEY_PART.finditer(raw)):
         return ""
-    return VARIABLE.sub(lambda found: found[1] or env[found[2] or found[3]], raw)
+    return KEY_PART.sub(lambda found: found[1] or env[found[2] or found[3]], raw)
 
 
 class Door:
