@@ -5096,33 +5096,29 @@ APIS = {  # pi's name of an API -> what it posts to below the base URL
     "google-generative-ai": r"/models/[\w.@-]+:streamGenerateContent",
     "mistral-conversations": "/v1/chat/completions",
 }
-# pi's own providers: variables of the key, host, path for the APIs (by one letter each, in the order above).  What has no host
-# needs more than a base URL and a key.
+# pi's own providers: variables of the key if not NAME_API_KEY, host, path for the APIs (one letter each, in the order above).
+# Those without a host need more than a base URL and a key.
 BUILT_IN = """
-ant-ling ANT_LING_API_KEY api.ant-ling.com c=/v1
+amazon-bedrock AWS_BEARER_TOKEN_BEDROCK ; ant-ling api.ant-ling.com c=/v1
 anthropic ANTHROPIC_AUTH_TOKEN,ANTHROPIC_OAUTH_TOKEN,ANTHROPIC_API_KEY api.anthropic.com a=
-baseten BASETEN_API_KEY inference.baseten.co c=/v1 ; cerebras CEREBRAS_API_KEY api.cerebras.ai c=/v1
-deepseek DEEPSEEK_API_KEY api.deepseek.com c= ; fireworks FIREWORKS_API_KEY api.fireworks.ai a=/inference c=/inference/v1
-google GEMINI_API_KEY generativelanguage.googleapis.com g=/v1beta ; groq GROQ_API_KEY api.groq.com c=/openai/v1
-huggingface HF_TOKEN router.huggingface.co c=/v1 ; kimi-coding KIMI_API_KEY api.kimi.com a=/coding
-meta META_API_KEY api.meta.ai r=/v1 ; minimax MINIMAX_API_KEY api.minimax.io a=/anthropic
-minimax-cn MINIMAX_CN_API_KEY api.minimaxi.com a=/anthropic ; mistral MISTRAL_API_KEY api.mistral.ai m=
-moonshotai MOONSHOT_API_KEY api.moonshot.ai c=/v1 ; moonshotai-cn MOONSHOT_API_KEY api.moonshot.cn c=/v1
-nvidia NVIDIA_API_KEY integrate.api.nvidia.com c=/v1 ; openai OPENAI_API_KEY api.openai.com r=/v1
-openai-codex - chatgpt.com x=/backend-api ; opencode OPENCODE_API_KEY opencode.ai a=/zen crg=/zen/v1
-opencode-go OPENCODE_API_KEY opencode.ai a=/zen/go cr=/zen/go/v1 ; openrouter OPENROUTER_API_KEY openrouter.ai a=/api c=/api/v1
-qwen-token-plan QWEN_TOKEN_PLAN_API_KEY token-plan.ap-southeast-1.maas.aliyuncs.com c=/compatible-mode/v1
-qwen-token-plan-cn QWEN_TOKEN_PLAN_CN_API_KEY token-plan.cn-beijing.maas.aliyuncs.com c=/compatible-mode/v1
-qwen-token-plan-individual QWEN_TOKEN_PLAN_API_KEY token-plan.ap-southeast-1.maas.aliyuncs.com c=/compatible-mode/v1
-together TOGETHER_API_KEY api.together.ai c=/v1 ; vercel-ai-gateway AI_GATEWAY_API_KEY ai-gateway.vercel.sh a=
-xai XAI_API_KEY api.x.ai cr=/v1 ; xiaomi XIAOMI_API_KEY api.xiaomimimo.com a=/anthropic c=/v1
-xiaomi-token-plan-ams XIAOMI_TOKEN_PLAN_AMS_API_KEY token-plan-ams.xiaomimimo.com a=/anthropic c=/v1
-xiaomi-token-plan-cn XIAOMI_TOKEN_PLAN_CN_API_KEY token-plan-cn.xiaomimimo.com a=/anthropic c=/v1
-xiaomi-token-plan-sgp XIAOMI_TOKEN_PLAN_SGP_API_KEY token-plan-sgp.xiaomimimo.com a=/anthropic c=/v1
-zai ZAI_API_KEY api.z.ai c=/api/coding/paas/v4 ; zai-coding-cn ZAI_CODING_CN_API_KEY open.bigmodel.cn c=/api/coding/paas/v4
-amazon-bedrock AWS_BEARER_TOKEN_BEDROCK ; azure-openai-responses AZURE_OPENAI_API_KEY ; cloudflare-ai-gateway CLOUDFLARE_API_KEY
-cloudflare-workers-ai CLOUDFLARE_API_KEY ; github-copilot COPILOT_GITHUB_TOKEN ; google-vertex GOOGLE_CLOUD_API_KEY
-radius RADIUS_API_KEY
+azure-openai-responses AZURE_OPENAI_API_KEY ; baseten inference.baseten.co c=/v1 ; cerebras api.cerebras.ai c=/v1
+cloudflare-ai-gateway CLOUDFLARE_API_KEY ; cloudflare-workers-ai CLOUDFLARE_API_KEY ; deepseek api.deepseek.com c=
+fireworks api.fireworks.ai a=/inference c=/inference/v1 ; github-copilot COPILOT_GITHUB_TOKEN
+google GEMINI_API_KEY generativelanguage.googleapis.com g=/v1beta ; google-vertex GOOGLE_CLOUD_API_KEY
+groq api.groq.com c=/openai/v1 ; huggingface HF_TOKEN router.huggingface.co c=/v1
+kimi-coding KIMI_API_KEY api.kimi.com a=/coding ; meta api.meta.ai r=/v1 ; minimax api.minimax.io a=/anthropic
+minimax-cn api.minimaxi.com a=/anthropic ; mistral api.mistral.ai m= ; moonshotai MOONSHOT_API_KEY api.moonshot.ai c=/v1
+moonshotai-cn MOONSHOT_API_KEY api.moonshot.cn c=/v1 ; nvidia integrate.api.nvidia.com c=/v1 ; openai api.openai.com r=/v1
+openai-codex - chatgpt.com x=/backend-api ; opencode opencode.ai a=/zen crg=/zen/v1
+opencode-go OPENCODE_API_KEY opencode.ai a=/zen/go cr=/zen/go/v1 ; openrouter openrouter.ai a=/api c=/api/v1
+qwen-token-plan token-plan.ap-southeast-1.maas.aliyuncs.com c=/compatible-mode/v1
+qwen-token-plan-cn token-plan.cn-beijing.maas.aliyuncs.com c=/compatible-mode/v1
+qwen-token-plan-individual QWEN_TOKEN_PLAN_API_KEY token-plan.ap-southeast-1.maas.aliyuncs.com c=/compatible-mode/v1 ; radius
+together api.together.ai c=/v1 ; vercel-ai-gateway AI_GATEWAY_API_KEY ai-gateway.vercel.sh a= ; xai api.x.ai cr=/v1
+xiaomi api.xiaomimimo.com a=/anthropic c=/v1 ; xiaomi-token-plan-ams token-plan-ams.xiaomimimo.com a=/anthropic c=/v1
+xiaomi-token-plan-cn token-plan-cn.xiaomimimo.com a=/anthropic c=/v1
+xiaomi-token-plan-sgp token-plan-sgp.xiaomimimo.com a=/anthropic c=/v1 ; zai api.z.ai c=/api/coding/paas/v4
+zai-coding-cn open.bigmodel.cn c=/api/coding/paas/v4
 """
 REFRESHERS = {  # logins that are renewed here: where, pi's client there, whether as a form, ms kept in reserve
     "anthropic": ("https://platform.claude.com/v1/oauth/token", "9d1c250a-e61b-44d9-88ed-5944d1962f5e", False, 300_000),
@@ -5136,12 +5132,12 @@ CARRIERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")  # header
 DROPPED = ("host connection keep-alive upgrade te trailer expect cookie set-cookie content-length proxy-authorization "
            "proxy-connection").split()  # headers of one connection, and what is nobody's business
 STUB = regex(r"(oppi-[A-Za-z0-9_-]{43})(?:\.(\d{1,4}))?")  # a secret, or one with the number of a header of models.json
-KEY_VARIABLE = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
+KEY_PART = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 FOREVER = 4_102_444_800_000  # ms: the year 2100
 PROXY_PORT = 7751
 PROXY_HEAD, PROXY_BODY = 32 * 1024, 64 * 1024 * 1024  # bytes
-PROXY_HEAD_S, PROXY_CONNECT_S, PROXY_ANSWER_S = 10.0, 20.0, 3600.0
+PROXY_HEAD_S, PROXY_ANSWER_S = 10.0, 3600.0  # also to connect; in all
 SESSION_REQUESTS, PEER_CONNECTIONS = 16, 64  # at once
 REFRESH_EARLY_MS, COMMAND_AGE_S = 60_000, 300.0
 LOCK_STALE_S, LOCK_BEAT_S = 30.0, 2.0  # some of pi's readers call a lock stale after 10 s already
@@ -5153,6 +5149,12 @@ class Refused(OppiError):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+def demand(good: Any, status: int, text: str) -> None:
+    """Raises Refused unless `good`."""
+    if not good:
+        raise Refused(status, text)
 
 
 class Grant(NamedTuple):
@@ -5172,23 +5174,21 @@ class Route(NamedTuple):
     headers: dict[str | None, tuple[str, Any]]  # by the number in their stub
 
 
-class Guest(NamedTuple):
-    """A session as the proxy knows it, its routes by their prefix `/<provider>/<host>`."""
-
-    door: Door
-    hash: str
-    routes: dict[str, Route]
-    requests: set[asyncio.Task[Any]]
-
-
 @functools.lru_cache(1)
 def built_in() -> dict[str, tuple[list[str], dict[str, str]]]:
     """Provider -> variables of its key, base URL for each API."""
     found, apis = {}, dict(zip("acrxzgm", APIS))
-    for name, variables, *place in map(str.split, re.split("[;\n]", BUILT_IN.strip())):
+    for name, *place in map(str.split, re.split("[;\n]", BUILT_IN.strip())):
+        variables = place.pop(0) if place and re.fullmatch("[A-Z_,-]+", place[0]) else name.upper().replace("-", "_") + "_API_KEY"
         pairs = [(letter, path) for letters, _, path in (item.partition("=") for item in place[1:]) for letter in letters]
         found[name] = (variables.split(","), {apis[letter]: f"https://{place[0]}{path}" for letter, path in pairs})
     return found
+
+
+def lasts(entry: Json) -> float:
+    """For how long a login of auth.json still is good, in ms."""
+    until = entry.get("expires")
+    return until - now_ms() if isinstance(until, (int, float)) else 0
 
 
 def plain_value(raw: Any, env: Mapping[str, str]) -> str:
@@ -5196,14 +5196,9 @@ def plain_value(raw: Any, env: Mapping[str, str]) -> str:
     "" for what is not set."""
     if not isinstance(raw, str) or raw in env:
         return env.get(raw, "") if isinstance(raw, str) else ""
-    if not all(found[1] or env.get(found[2] or found[3]) for found in KEY_VARIABLE.finditer(raw)):
+    if not all(found[1] or env.get(found[2] or found[3]) for found in KEY_PART.finditer(raw)):
         return ""
-    return KEY_VARIABLE.sub(lambda found: found[1] or env[found[2] or found[3]], raw)
-
-
-@functools.lru_cache(1)
-def trusted() -> ssl.SSLContext:
-    return ssl.create_default_context()
+    return KEY_PART.sub(lambda found: found[1] or env[found[2] or found[3]], raw)
 
 
 class Door:
@@ -5269,38 +5264,30 @@ async def first_of(*work: Any) -> Any:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def next_head(reader: asyncio.StreamReader) -> tuple[str, list[tuple[str, str]]]:
-    """First line and fields of an HTTP message.  Raises EOFError, BadRequest, Refused."""
-    try:
-        return split_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
-    except asyncio.LimitOverrunError:
-        raise Refused(431, "Header too large") from None
+class Guest:
+    """A session as the proxy knows it.  It writes the session's grant from what the host has of each provider."""
 
+    def __init__(self, door: Door, bridge: Callable[[str, int], int]) -> None:
+        import secrets
 
-class Offer:
-    """Reads what the host has of each provider, and writes the grant."""
+        self.door, self.bridge, self.secret = door, bridge, "oppi-" + secrets.token_urlsafe(32)
+        self.hash, self.grant = token_hash(self.secret), Grant({}, {"providers": {}}, [])
+        self.routes: dict[str, Route] = {}  # by prefix: /<provider>/<host>
+        self.requests: set[asyncio.Task[Any]] = set()
 
-    def __init__(self, guest: Guest, secret: str, bridge: Callable[[str, int], int]) -> None:
-        self.guest, self.secret, self.bridge = guest, secret, bridge
-        self.grant = Grant({}, {"providers": {}}, [])
-
-    def add(self, name: str, entry: Json, config: Json, env: Mapping[str, str]) -> None:
-        """A provider with its entries in auth.json and models.json: behind the proxy, as it is, or as a warning."""
+    def offer(self, name: str, entry: Json, config: Json, env: Mapping[str, str]) -> None:
+        """A provider with its entries in auth.json and models.json.  Raises ValueError, TypeError, OSError if it cannot be."""
         variables, own = built_in().get(name, ([], {}))
         raw = entry.get("key") or config.get("apiKey") or next(filter(None, map(env.get, variables)), "")
         login, keyed = entry.get("type") == "oauth", bool(entry or raw)
         apis = [*own, *(part.get("api") for part in (config, *map(obj, arr(config.get("models")))))]
         fallback = config.get("baseUrl") or next(iter(own.values()), "")
         bases = {api: config.get("baseUrl") or own.get(api) or fallback for api in apis if api in APIS}
-        try:
-            if "oauth" in config or keyed and not any(bases.values()):
-                raise ValueError("pi does not reach it with a key over a base URL")
-            if login and name not in REFRESHERS and entry.get("expires", 0) <= now_ms():
-                raise ValueError("its login has expired, and only pi itself can renew it")
-            inside = self._provider(Route(name, bases, config.get("apiKey"), {}), config, keyed)
-        except ValueError as error:
-            self.grant.warnings.append(f"{name} cannot be used in a container: {error}.")
-            return
+        if "oauth" in config or keyed and not any(bases.values()):
+            raise ValueError("pi does not reach it with a key over a base URL")
+        if login and name not in REFRESHERS and lasts(entry) <= 0:
+            raise ValueError("its login has expired, and only pi itself can renew it")
+        inside = self._provider(Route(name, bases, config.get("apiKey"), {}), config, keyed)
         if keyed:
             stub = self._stub(name, login or "sk-ant-oat" in plain_value(raw, env))
             stored = {"access": stub, "refresh": "none", "expires": FOREVER} if login else {"key": stub}
@@ -5353,13 +5340,13 @@ class Offer:
         url = next(iter(bases.values()), "")
         if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[!-~]*)?", url) or re.search("[?#]", url):
             raise ValueError("its address is not plain http or https")
-        parts, gateway, routes = urllib.parse.urlsplit(url), self.guest.door.gateway, self.guest.routes
+        parts, gateway, routes = urllib.parse.urlsplit(url), self.door.gateway, self.routes
         if keyed:
             slug = re.sub(r"[^A-Za-z0-9._-]", "-", route.provider)
             while (prefix := f"/{slug}/{parts.netloc}") in routes:
                 slug += "~"
             routes[prefix] = route._replace(bases=bases)
-            return f"http://{gateway}:{self.guest.door.port}{prefix}"
+            return f"http://{gateway}:{self.door.port}{prefix}"
         if parts.hostname not in LOCAL_HOSTS:
             return url
         if parts.scheme != "http":
@@ -5367,34 +5354,18 @@ class Offer:
         return f"http://{gateway}:{self.bridge(str(parts.hostname), parts.port or 80)}{parts.path}"
 
 
-@contextlib.asynccontextmanager
-async def pi_lock(path: str) -> Any:
-    """pi's own lock of a file: a folder beside it whose time the holder keeps fresh.  Raises OSError, Unavailable."""
-    lock, until = path + ".lock", time.monotonic() + LOCK_STALE_S + 5
+async def take_lock(lock: str) -> None:
+    """Make pi's lock of a file: a folder whose time its holder keeps fresh.  Raises OSError, Unavailable."""
+    until = time.monotonic() + LOCK_STALE_S + 5
     for attempt in itertools.count():
         with contextlib.suppress(FileExistsError):
-            os.mkdir(lock)
-            break
+            return os.mkdir(lock)
         with contextlib.suppress(FileNotFoundError):
             if os.stat(lock).st_mtime < time.time() - LOCK_STALE_S:
                 os.rmdir(lock)
-                continue
         if time.monotonic() > until:
             raise Unavailable("pi keeps auth.json locked")
         await asyncio.sleep(min(0.01 * 2**attempt, 0.5))
-
-    async def beat() -> None:
-        while True:
-            await asyncio.sleep(LOCK_BEAT_S)
-            os.utime(lock)
-
-    beating = asyncio.ensure_future(beat())
-    try:
-        yield
-    finally:
-        beating.cancel()
-        with contextlib.suppress(OSError):
-            os.rmdir(lock)
 
 
 def renewed(provider: str, entry: Json) -> Json:
@@ -5422,12 +5393,12 @@ class CredentialProxy:
         self.bridges: dict[tuple[str, str, int], tuple[Door, set[str]]] = {}  # gateway, host and port; sessions that use it
         self.guests: dict[str, Guest] = {}
         self.refreshing: dict[str, asyncio.Task[None]] = {}
-        self.outputs: dict[str, tuple[float, asyncio.Task[Any]]] = {}  # of `!command` keys, and until when they hold
+        self.outputs: dict[str, tuple[float, str]] = {}  # of `!command` keys, and until when they hold
         self._logins: Json = {}
 
     async def open(self, port: int) -> None:
         """The port to use (0: any).  It is opened at each gateway by `admit`: such an address exists while a container runs."""
-        self.port = port
+        self.port, self.tls = port, ssl.create_default_context()
 
     async def admit(self, subnet: str, gateway: str) -> None:
         """Listen at a network's gateway, for its containers alone.  Raises OSError."""
@@ -5442,23 +5413,25 @@ class CredentialProxy:
         self.doors[gateway] = Door(gateway, network, port, self._serve)
 
     def grant(self, session_id: str, gateway: str) -> Grant:
-        """A session's new secret, and files for inside from what the host has now.  Raises NotFound before `admit`, OSError."""
-        import secrets
-
+        """A session's new secret, and files for inside from what the host has now.  Raises NotFound before `admit`."""
         self.revoke(session_id)
-        secret = "oppi-" + secrets.token_urlsafe(32)
-        guest = Guest(existing(self.doors.get(gateway), "The container's network is not known"), token_hash(secret), {}, set())
-        offer = Offer(guest, secret, functools.partial(self.bridge, session_id, guest.door))
+        door = existing(self.doors.get(gateway), "The container's network is not known")
+        guest = Guest(door, functools.partial(self.bridge, session_id, door))
         logins, env, configs = self._auth(), self.environment(), {}
         try:
             configs = self._models()
         except ValueError:
-            offer.grant.warnings.append("models.json cannot be read: its providers cannot be used in a container.")
+            guest.grant.warnings.append("models.json cannot be read: its providers cannot be used in a container.")
         have = [name for name, (variables, _) in built_in().items() if any(map(env.get, variables))]
         for name in dict.fromkeys([*logins, *configs, *have]):
-            offer.add(name, obj(logins.get(name)), obj(configs.get(name)), env)
+            try:
+                guest.offer(name, obj(logins.get(name)), obj(configs.get(name)), env)
+            except (ValueError, TypeError, OSError) as error:
+                guest.grant.warnings.append(f"{name} cannot be used in a container: {error}.")
         self.guests[session_id] = guest
-        return offer.grant
+        grant = guest.grant
+        del guest.secret, guest.grant  # only the hash is kept
+        return grant
 
     def inhabits(self, peer: str) -> bool:
         """Whether an address is that of a container."""
@@ -5473,17 +5446,15 @@ class CredentialProxy:
             text = re.sub(rf'("(?:\\.|[^"\\])*")|{too_much}', lambda found: found[1] or found[2], text)
         return obj(obj(parse_json(text)).get("providers"))
 
-    def _read_auth(self) -> Json:
-        return obj(parse_json(read_file(self.auth_file).decode("utf-8-sig")))
-
-    def _auth(self) -> Json:
-        """auth.json as it last could be read: pi does not write it in one go."""
+    def _auth(self, strict: bool = False) -> Json:
+        """auth.json; unless `strict` as it was before pi, which writes it bit by bit, began to.  Raises ValueError."""
         try:
-            self._logins = self._read_auth()
-        except FileNotFoundError:
+            self._logins = obj(parse_json(read_file(self.auth_file).decode("utf-8-sig")))
+        except OSError:
             self._logins = {}
-        except (OSError, ValueError):
-            pass
+        except ValueError:
+            if strict:
+                raise
         return self._logins
 
     def revoke(self, session_id: str) -> None:
@@ -5533,7 +5504,8 @@ class CredentialProxy:
                 text = str(error).encode("utf-8", "replace")
                 head = f"HTTP/1.1 {error.status} Refused\r\nContent-Type: text/plain\r\nContent-Length: {len(text)}\r\n"
                 writer.write(head.encode() + b"Connection: close\r\n\r\n" + text)
-                writer.write_eof()  # closing with bytes unread would take the answer back
+            writer.write_eof()
+            with contextlib.suppress(asyncio.TimeoutError):  # closing with bytes unread would take the answer back
                 await asyncio.wait_for(copy_bytes(reader), 2)
             writer.close()
             await writer.wait_closed()
@@ -5544,54 +5516,44 @@ class CredentialProxy:
 
     async def _exchange(self, door: Door, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass a request on and its answer back.  Raises OppiError to refuse it, OSError or EOFError to cut it off."""
-        first, fields = await asyncio.wait_for(next_head(reader), PROXY_HEAD_S)
-        line, given = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.1", first), dict(fields)
-        if not line:
-            raise BadRequest("Malformed request line")
-        guest = self._guest(door, fields)
-        route, url = self._place(guest, line[1], line[2])
-        if "transfer-encoding" in given:
-            raise Refused(411, "Send Content-Length")
-        require(re.fullmatch(r"\d{1,12}", given.get("content-length", "")), "Malformed Content-Length")
-        require("upgrade" not in given and given.get("host") == f"{door.gateway}:{door.port}", "Malformed request")
-        if int(given["content-length"]) > PROXY_BODY:
-            raise TooLarge("Request body too large")
-        if len(guest.requests) >= SESSION_REQUESTS:
-            raise TooManyRequests("Too many requests at once")
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        guest.requests.add(task)
         try:
-            headers = await self._headers(route, fields)
-            if not await self._pass_on(url, headers, int(given["content-length"]), reader, writer):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PROXY_HEAD_S)
+        except asyncio.LimitOverrunError:
+            raise Refused(431, "Header too large") from None
+        first, fields = split_head(head[:-4])
+        line, given = re.findall(r"\A([A-Z]{1,16}) (/[!-~]*) HTTP/1\.1\Z", first), dict(fields)
+        demand(line, 400, "Malformed request line")
+        stubs = [stub[1] for _, value in fields if (stub := STUB.search(value))]
+        demand(stubs, 401, "Missing or invalid session token")
+        hashed = token_hash(stubs[0])
+        guests = [it for it in self.guests.values() if same_secret(it.hash, hashed) and it.door is door]
+        demand(guests, 403, "Session not registered")
+        route, url = self._place(guests[0], *line[0])
+        length, requests = given.get("content-length", ""), guests[0].requests
+        demand("transfer-encoding" not in given, 411, "Send Content-Length")
+        demand(re.fullmatch(r"[0-9]{1,12}", length), 400, "Malformed Content-Length")
+        demand("upgrade" not in given and given.get("host") == f"{door.gateway}:{door.port}", 400, "Malformed request")
+        demand(int(length) <= PROXY_BODY, 413, "Request body too large")
+        demand(len(requests) < SESSION_REQUESTS, 429, "Too many requests at once")
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        requests.add(task)
+        try:
+            if not await self._pass_on(url, await self._headers(route, fields), int(length), reader, writer):
                 raise EOFError
         finally:
-            guest.requests.discard(task)
-
-    def _guest(self, door: Door, fields: list[tuple[str, str]]) -> Guest:
-        """Whose secret is in the headers.  Raises Refused."""
-        stub = next(filter(None, (STUB.search(value) for _, value in fields)), None)
-        if not stub:
-            raise Refused(401, "Missing or invalid session token")
-        for guest in self.guests.values():
-            if same_secret(guest.hash, token_hash(stub[1])) and guest.door.gateway == door.gateway:
-                return guest
-        raise Refused(403, "Session not registered")
+            requests.discard(task)
 
     def _place(self, guest: Guest, method: str, target: str) -> tuple[Route, str]:
         """The route of a request, and its URL upstream.  Raises Refused."""
         path, mark, query = target.partition("?")
         _, slug, host, *rest = path.split("/", 3) + [""]
-        route, below = guest.routes.get(f"/{slug}/{host}"), "/" + rest[0]
-        if not route and slug in built_in():
-            raise Refused(403, f"Session not authorized for: {slug}")
-        if not route:
-            raise Refused(404, "Unknown provider route")
-        if method != "POST":
-            raise Refused(405, "Method not allowed")
-        base = next((base for pattern, base in route.bases.items() if re.fullmatch(pattern, below, re.ASCII)), None)
-        if not base or STUB.search(target) or not re.fullmatch(r"[\w.=&-]*", query, re.ASCII):
-            raise Refused(403, "Path not allowed")
-        return route, base + below + mark + query
+        prefix, below = f"/{slug}/{host}", "/" + rest[0]
+        demand(prefix in guest.routes or slug not in built_in(), 403, f"Session not authorized for: {slug}")
+        demand(prefix in guest.routes, 404, "Unknown provider route")
+        demand(method == "POST", 405, "Method not allowed")
+        bases = [it for pattern, it in guest.routes[prefix].bases.items() if re.fullmatch(pattern, below, re.ASCII)]
+        demand(bases and not STUB.search(target) and re.fullmatch(r"[\w.=&-]*", query, re.ASCII), 403, "Path not allowed")
+        return guest.routes[prefix], bases[0] + below + mark + query
 
     async def _headers(self, route: Route, fields: list[tuple[str, str]]) -> dict[str, str]:
         """The headers for upstream: without those of this connection, and stubs replaced where pi puts them.  Raises Refused."""
@@ -5623,46 +5585,46 @@ class CredentialProxy:
         return await self._value(route, variable), variable.endswith("_AUTH_TOKEN")
 
     async def _value(self, route: Route, raw: Any) -> str:
-        """What a key or header of pi's files stands for.  Raises Refused."""
+        """What a key or header of pi's files stands for; the output of a command is good for a while.  Raises Refused."""
         env = {**self.environment(), **obj(obj(self._logins.get(route.provider)).get("env"))}
-        command = isinstance(raw, str) and raw.startswith("!")
-        value = await self._output(raw[1:], env) if command else plain_value(raw, env)
-        if not re.fullmatch("[ -~]+", value):
-            raise Refused(502, f"No credential for: {route.provider}")
+        value = plain_value(raw, env)
+        if str(raw).startswith("!"):
+            until, value = self.outputs.get(raw, (0.0, ""))
+            if time.monotonic() > until:
+                code, out, _ = await run_program(["/bin/sh", "-c", raw[1:]], env, 10)
+                value = "" if code else out.strip()
+                self.outputs[raw] = (time.monotonic() + (COMMAND_AGE_S if value else 0), value)
+        demand(re.fullmatch("[ -~]+", value), 502, f"No credential for: {route.provider}")
         return value
-
-    async def _output(self, command: str, env: dict[str, str]) -> str:
-        """What a command prints, asked once in a while; "" if it fails."""
-        until, asking = self.outputs.get(command, (0.0, None))
-        if asking is None or time.monotonic() > until:
-            asking = asyncio.ensure_future(run_program(["/bin/sh", "-c", command], env, 10))
-            self.outputs[command] = (time.monotonic() + COMMAND_AGE_S, asking)
-        code, out, _ = await asyncio.shield(asking)
-        if code:
-            self.outputs.pop(command, None)
-        return "" if code else str(out).strip()
 
     async def _access(self, route: Route) -> str:
         """A login's token that is still good; one that is not is renewed once for all who wait.  Raises Refused."""
         name = route.provider
-        if name in REFRESHERS and obj(self._auth().get(name)).get("expires", 0) < now_ms() + REFRESH_EARLY_MS:
+        if name in REFRESHERS and lasts(obj(self._auth().get(name))) < REFRESH_EARLY_MS:
             if name not in self.refreshing:
                 self.refreshing[name] = asyncio.ensure_future(self._refresh(name))
                 self.refreshing[name].add_done_callback(lambda _: self.refreshing.pop(name))
             await asyncio.shield(self.refreshing[name])
         entry = obj(self._auth().get(name))
-        return await self._value(route, entry.get("access") if entry.get("expires", 0) > now_ms() else "")
+        return await self._value(route, entry.get("access") if lasts(entry) > 0 else "")
 
     async def _refresh(self, name: str) -> None:
-        """Renew a login and store it, as pi does: alone, and only if nobody else just did."""
+        """Renew a login and store it, as pi does: under its lock, and only if nobody else just did."""
+        lock = self.auth_file + ".lock"
         try:
-            async with pi_lock(self.auth_file):
-                entry = self._read_auth()[name]
-                if entry["expires"] < now_ms() + REFRESH_EARLY_MS:
-                    fresh = await asyncio.get_running_loop().run_in_executor(None, renewed, name, entry)
-                    logins = self._read_auth()
-                    if logins.get(name) == entry:
-                        write_file(os.path.realpath(self.auth_file), pretty({**logins, name: fresh}))
+            await take_lock(lock)
+            try:
+                entry = self._auth(True)[name]
+                if lasts(entry) < REFRESH_EARLY_MS:
+                    work = asyncio.get_running_loop().run_in_executor(None, renewed, name, entry)
+                    while not (await asyncio.wait({work}, timeout=LOCK_BEAT_S))[0]:
+                        with contextlib.suppress(OSError):  # somebody took it, but the new tokens must not be lost
+                            os.utime(lock)
+                    if self._auth(True).get(name) == entry:
+                        write_file(os.path.realpath(self.auth_file), pretty({**self._logins, name: work.result()}))
+            finally:
+                with contextlib.suppress(OSError):
+                    os.rmdir(lock)
         except Exception as error:  # whatever a file or an answer may hold
             self.say(f"the login of {name} could not be renewed: {type(error).__name__} {getattr(error, 'code', '')}")
 
@@ -5673,12 +5635,12 @@ class CredentialProxy:
         import urllib.parse
 
         parts = urllib.parse.urlsplit(url)
-        tls = trusted() if parts.scheme == "https" else None
+        tls = self.tls if parts.scheme == "https" else None
         try:
             opening = asyncio.open_connection(parts.hostname, parts.port or (443 if tls else 80), ssl=tls, limit=PROXY_HEAD)
-            there, back = await asyncio.wait_for(opening, PROXY_CONNECT_S)
+            there, back = await asyncio.wait_for(opening, PROXY_HEAD_S)
         except (OSError, asyncio.TimeoutError) as error:
-            raise Refused(502, f"Upstream error: {getattr(error, 'strerror', None) or type(error).__name__}") from None
+            raise Refused(502, f"Upstream error: {type(error).__name__}") from None
         own = {"host": parts.netloc, "content-length": str(length), "connection": "close"}
         target = parts.path + "?" * bool(parts.query) + parts.query
         head = [f"POST {target} HTTP/1.1", *(f"{name}: {value}" for name, value in {**headers, **own}.items())]
@@ -5703,9 +5665,9 @@ class CredentialProxy:
         status = "1"
         while status == "1":  # what comes before the answer proper is for this connection
             try:
-                first, fields = await next_head(there)
+                first, fields = split_head((await there.readuntil(b"\r\n\r\n"))[:-4])
                 status = re.fullmatch(r"HTTP/1\.[01] ([1-5])\d\d( [ -~]*)?", first)[1]  # type: ignore[index]
-            except (OSError, EOFError, OppiError, TypeError):
+            except (OSError, EOFError, OppiError, TypeError, asyncio.LimitOverrunError):
                 raise Refused(502, "Upstream error: no proper answer") from None
         lines = [first, *(f"{n}: {v}" for n, v in fields if n not in DROPPED or n == "content-length"), "connection: close"]
         writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))

@@ -136,3 +136,21 @@ def test_surrogate_halves_become_the_character(text: str, joined: str) -> None:
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_encoded_in_parts_it_is_the_same(value: Any) -> None:
     assert oppi.encode_in_parts(value) == oppi.encode(value)
+
+
+def test_the_head_of_a_message_is_its_first_line_and_its_fields() -> None:
+    assert oppi.split_head(b"GET / HTTP/1.1") == ("GET / HTTP/1.1", [])
+    head = b"HTTP/1.1 200 OK\r\nSet-Cookie: a\r\nX-Y:\t b c \r\nset-cookie:\r\nhost: h"
+    assert oppi.split_head(head) == ("HTTP/1.1 200 OK", [("set-cookie", "a"), ("x-y", "b c"), ("set-cookie", ""), ("host", "h")])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "x", "x : 1", ": 1", " x: 1", "a: 1\r\n folded", "a: 1\nb: 2", "a: 1\rb", "a: \0", "a: \x7f", "", "a: 1\r\n",
+        *(f"{name}: 1\r\n{name.title()}: 1" for name in oppi.ONCE),
+    ],
+)  # fmt: skip
+def test_a_head_with_a_trick_in_it_is_refused(lines: str) -> None:
+    with pytest.raises(oppi.BadRequest):
+        oppi.split_head(b"GET / HTTP/1.1\r\n" + lines.encode("latin-1"))
