@@ -4375,8 +4375,8 @@ class Store:
             self.change_config(lambda raw: put_path(raw, "identity.fingerprint", print_))
         return private, print_
 
-    def check_identity(self) -> None:
-        """Make the identity if there is none.  Raises UsageError if the public key file is not the private key's."""
+    def check_identity(self) -> tuple[str, str]:
+        """As `identity`, made if there is none.  Raises UsageError if the public key file is not the private key's."""
         private, public = self.identity_paths(self.settings())
         if not os.path.exists(private):
             self.identity(create=True)
@@ -4386,6 +4386,7 @@ class Store:
             raise UsageError(f"The identity key {private} cannot be read as an Ed25519 key") from None
         if os.path.exists(public) and key_raw("PUBLIC", read_text(public)) != derived:
             raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
+        return self.identity()
 
 
 # themes and what phones report about themselves
@@ -7427,12 +7428,14 @@ class Request:
     """One HTTP request.  `parts` are the decoded path segments, `query` the decoded parameters."""
 
     def __init__(self, method: str, target: str, headers: dict[str, str], peer: str) -> None:
-        import urllib.parse
-
         self.method, self.headers, self.peer, self.body = method, headers, peer, b""
         self.path, _, self.raw_query = target.partition("?")
-        self.parts = [urllib.parse.unquote(part, errors="strict") for part in self.path.split("/")[1:]]
-        self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
+        self.parts, self.query = self.path.split("/")[1:], {}
+        if "%" in self.path or self.raw_query:
+            import urllib.parse
+
+            self.parts = [urllib.parse.unquote(part, errors="strict") for part in self.parts]
+            self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
 
     def named_paths(self) -> list[str]:
         """What `path=` may mean: app 1.0 escapes neither `+` nor `&` in it.  Raises BadRequest when it is missing."""
@@ -8938,7 +8941,7 @@ class Server:
         self.store.owner_token()
         if not in_child(self.store.check_identity):
             sys.exit(1)
-        _, self.fingerprint = self.store.identity()
+        self.fingerprint = self.store.settings()["identity.fingerprint"]
         self.store.load()
         self.reload()
 
@@ -9488,7 +9491,7 @@ def at_terminal(stream: Any) -> bool:
 
 def quick(*argv: str) -> str:
     """What a helper program prints; "" if it is missing, slow or fails."""
-    if shutil.which(argv[0]):
+    if any(os.access(os.path.join(folder, argv[0]), os.X_OK) for folder in os.get_exec_path()):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(argv, capture_output=True, text=True, timeout=3, check=True, stdin=subprocess.DEVNULL)
             return done.stdout.strip()
@@ -9553,8 +9556,7 @@ def invite_age(settings: Settings, seconds: int | None = None) -> int:
 
 def make_invites(store: Store, host: str, port: int, label: str, ttl_s: int) -> tuple[Json, Json]:
     """Fresh invites for app 1.1 and app 1.0; their secrets are stored hashed."""
-    store.check_identity()
-    private, print_ = store.identity()
+    private, print_ = store.check_identity()
     settings, now, pairing, pending = store.settings(), now_ms(), new_token("pt"), new_token("dt")
     key_id, age, ttl_s = settings["identity.keyId"], invite_age(settings), invite_age(settings, ttl_s)
     invite = Invite(host, port, pairing, label, print_, settings["security.profile"])
@@ -10303,10 +10305,22 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+def columns() -> int:
+    """What of a window `argparse` fills; it would import `shutil` for it, which takes 2 ms."""
+    try:
+        return (int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns) - 2
+    except (OSError, ValueError):
+        return 78
+
+
 def build_parser(only: str = "") -> argparse.ArgumentParser:
     """The parser of all commands, or of the one that `only` names: making all takes longer than most of them run."""
 
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **how: Any) -> None:
+            form = functools.partial(argparse.HelpFormatter, width=columns())
+            super().__init__(**how, allow_abbrev=False, formatter_class=form)
+
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{self.prog}: {message}")
 
@@ -10314,7 +10328,7 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
     where = f"data directory (default: OPPI_DATA_DIR, else {DEFAULT_DIR})"
     common.add_argument("--data-dir", metavar="DIR", help=where)
     common.add_argument("--json", action="store_true", help="print facts as JSON")
-    parser = Parser(prog="oppi", description="Drive the coding agent pi from the Oppi app.", allow_abbrev=False)
+    parser = Parser(prog="oppi", description="Drive the coding agent pi from the Oppi app.")
     parser.add_argument("--version", action="version", version=f"oppi {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     parser.set_defaults(commands=commands.choices, run=cmd_help, data_dir=None)
@@ -10323,7 +10337,7 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
         if only and only not in (name, *aliases):
             continue
         how = {"help": text, "description": text, "aliases": aliases}
-        sub = commands.add_parser(name, parents=[common], allow_abbrev=False, **how)
+        sub = commands.add_parser(name, parents=[common], **how)
         sub.set_defaults(run=run)
         if isinstance(run, dict):
             sub.add_argument("action", choices=tuple(filter(None, run)), nargs="?" if None in run else None)
@@ -10378,6 +10392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
+    gc.freeze()  # modules stay until the end: looking through them for garbage, most of all then, takes 10 ms
     sys.exit(main())
 
 
