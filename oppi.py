@@ -88,8 +88,9 @@ from collections import Counter, OrderedDict, deque, namedtuple
 TYPE_CHECKING = False  # true to type checkers
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Callable, NamedTuple, NoReturn, cast
+    from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, cast
 
+    T = TypeVar("T")
     Json = dict[str, Any]  # a decoded JSON object
 else:  # what those are at run time: `typing` takes 4 ms to import, and 3 to compile every annotation of a NamedTuple
 
@@ -187,7 +188,7 @@ def require(good: Any, text: str) -> None:
         raise BadRequest(text)
 
 
-def existing(value: Any, text: str) -> Any:
+def existing(value: T | None, text: str) -> T:
     """`value`.  Raises NotFound if it is None."""
     if value is None:
         raise NotFound(text)
@@ -4021,6 +4022,11 @@ else:
     )
 
 
+async def on_thread(work: Callable[..., T], *given: Any) -> T:
+    """What `work` makes of what it is given, without holding up the loop."""
+    return await asyncio.get_running_loop().run_in_executor(None, work, *given)
+
+
 def log(tag: str, text: str) -> None:
     """One line on stderr, without secrets or control characters."""
     clock = time.strftime("%H:%M:%S") + f".{now_ms() % 1000:03d}"
@@ -4217,7 +4223,7 @@ class Store:
         unused = STRICT_UNUSED_MS if Settings(raw)["security.profile"] == "strict" else math.inf
         return Access(state, owner, [t for t in arr(raw.get("authDeviceTokens")) if _is_text(t)], unused)
 
-    def change_access(self, change: Callable[[Access], Any]) -> Any:
+    def change_access(self, change: Callable[[Access], T]) -> T:
         """Apply `change` under the lock and save; returns what it returns."""
         self.prepare()
         with self.locked():
@@ -4428,7 +4434,7 @@ class Themes:
         """Raises NotFound."""
         path, plain = os.path.join(self.folder, name + ".json"), re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)
         there = plain and os.path.lexists(path) and not os.path.isdir(path)
-        return cast("str", existing(path if there else None, f'Theme "{visible(name)}" not found'))
+        return existing(path if there else None, f'Theme "{visible(name)}" not found')
 
     def read(self, name: str) -> Json:
         """Raises NotFound; OppiError for a file that holds no theme."""
@@ -4747,7 +4753,7 @@ class Skills:
 
     def find(self, name: str) -> Json:
         """Raises NotFound."""
-        return cast("Json", existing(next((s for s in self.all() if s["name"] == name), None), "Skill not found"))
+        return existing(next((s for s in self.all() if s["name"] == name), None), "Skill not found")
 
     def chosen(self, names: Sequence[Any]) -> list[str]:
         """Folders of the skills with these names, as far as they exist."""
@@ -5666,7 +5672,7 @@ class Turns:
     async def look(self, path: str, start: int) -> tuple[str, int]:
         """Release what pi's file holds by now; the file, and where to look on next time."""
         asked = {key: turn for key, turn in self.book.held().items() if turn.stage != "accepted"}
-        texts, end = await asyncio.get_running_loop().run_in_executor(None, read_user_texts, path, start)
+        texts, end = await on_thread(read_user_texts, path, start)
         commands = [key for key, turn in asked.items() if turn.text.startswith("/")]  # pi is done with these, too
         self.release([*delivered(asked, texts), *commands])
         return path, end
@@ -5675,7 +5681,7 @@ class Turns:
         """A new pi was started on this file: see what the last one left, and offer it."""
         found = (path, start)
         if self.book.held():
-            texts, end = await asyncio.get_running_loop().run_in_executor(None, read_user_texts, path, start)
+            texts, end = await on_thread(read_user_texts, path, start)
             found = (path, end)
             self.release(delivered(self.book.held(), texts))
         waiting = {item.turn_id for item in self.line}
@@ -6732,8 +6738,7 @@ class Sessions:
             raise PiFailed(
                 "This project's .pi/settings.json changes how pi runs programs, and this pi obeys it unasked. Update pi."
             )
-        on_thread, names = functools.partial(asyncio.get_running_loop().run_in_executor, None), arr(workspace.get("skills"))
-        skills = await on_thread(self.store.skills.chosen, names)
+        skills = await on_thread(self.store.skills.chosen, arr(workspace.get("skills")))
         file = next(iter(session_files(record)[::-1]), "")
         self.check_free(file, record["id"])
         recorded = await on_thread(self._prepare, folder, file, workspace)
@@ -6802,9 +6807,7 @@ class Sessions:
         records = self.store.sessions.values()
         files = {str(f) for r in records for f in (r.get("piSessionFile"), *arr(r.get("piSessionFiles"))) if _is_text(f)}
         root = os.path.join(agent_dir(), "sessions")
-        work = functools.partial(local_sessions, root, set(map(os.path.realpath, files)))
-        found: list[Json] = await asyncio.get_running_loop().run_in_executor(None, work)
-        return found
+        return await on_thread(local_sessions, root, set(map(os.path.realpath, files)))
 
     def adopt(self, workspace: Json, path: str, body: Json) -> Json:
         """A session that goes on with one of the terminal's.  Raises BadRequest or Conflict (http-api 3.4)."""
@@ -6843,7 +6846,7 @@ class Sessions:
         record = self.create(workspace, {"name": name[:160], **copied})
         copy = self.store.path("pi", record["id"], os.path.basename(files[-1]))
         try:
-            await asyncio.get_running_loop().run_in_executor(None, copy_session, files[-1], copy)
+            await on_thread(copy_session, files[-1], copy)
             record.update(piSessionFile=copy, contextWindow=source.get("contextWindow"))
             live, wanted = await self.start(record["id"]), record["name"]
             if obj(await live.pi.request({"type": "fork", "entryId": entry_id}, START_LIMIT_S)).get("cancelled"):
@@ -6903,15 +6906,13 @@ class Sessions:
             events = (encode(event) for event in [*build_trace(entries, view), *held_events(held, texts)])
             return [*read_trace(files, view), *events]
 
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        return await on_thread(work)
 
     async def tool_result(self, session_id: str, call_id: str) -> Json | None:
         """The message with a tool's result."""
         files = session_files(self.record(session_id))
         messages = await self._unwritten(session_id, files)
-        work = functools.partial(find_result, files, messages, call_id)
-        found: Json | None = await asyncio.get_running_loop().run_in_executor(None, work)
-        return found
+        return await on_thread(find_result, files, messages, call_id)
 
     def work_root(self, record: Json) -> str:
         """Where the files of a session are.  Raises NotFound."""
@@ -6930,8 +6931,7 @@ class Sessions:
         root = self.work_root(record)
         existing(session_files(record) or None, "Session trace not found")
         events = await self.trace(record["id"], "full")
-        made: bytes = await asyncio.get_running_loop().run_in_executor(None, self._difference, record, path, root, events)
-        return made
+        return await on_thread(self._difference, record, path, root, events)
 
     def _difference(self, record: Json, path: str, root: str, events: Sequence[bytes]) -> bytes:
         marks = (b'"type":"toolCall"', b'"type":"toolResult"')
@@ -6989,8 +6989,7 @@ class Sessions:
         for task in list(self.starting.values()):
             task.cancel()
         await asyncio.gather(*(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
-        mark = f"OPPI_OWNER={self.store.root}"
-        await asyncio.get_running_loop().run_in_executor(None, end_marked, mark)
+        await on_thread(end_marked, f"OPPI_OWNER={self.store.root}")
 
 
 def session_files(record: Json) -> list[str]:
@@ -7187,7 +7186,7 @@ class Apns:
         host = config.get("host") or APNS_HOSTS[config.get("environment", "sandbox")]
         for fresh in (False, True):
             try:
-                jwt = await asyncio.get_running_loop().run_in_executor(None, self.jwt, fresh)
+                jwt = await on_thread(self.jwt, fresh)
             except (OSError, ValueError) as error:
                 return -1, str(error)
             fields = [("url", f"{host}/3/device/{token}"), ("proto", "=https"), ("data-raw", dumps(payload))]
@@ -7627,7 +7626,7 @@ class Connection:
         """The bytes of an answer; a large one is made on a thread."""
         make = functools.partial(response_bytes, reply, close, "gzip" in request.headers.get("accept-encoding", ""))
         large = isinstance(reply.body, bytes) and len(reply.body) > CHUNK
-        data = await asyncio.get_running_loop().run_in_executor(None, make) if large else make()
+        data = await on_thread(make) if large else make()
         return data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data
 
     async def _upgrade(self, request: Request, head: bytes) -> None:
@@ -8151,17 +8150,13 @@ class Api:
     # skills, extensions, host
 
     async def skills(self, request: Request) -> Json:
-        return {"skills": await self._work(self.server.store.skills.all)}
-
-    async def _work(self, work: Callable[..., Any], *given: Any) -> Any:
-        """Do what waits for the disk on a thread."""
-        return await asyncio.get_running_loop().run_in_executor(None, work, *given)
+        return {"skills": await on_thread(self.server.store.skills.all)}
 
     async def rescan_skills(self, request: Request) -> Json:
-        return {"changed": await self._work(self.server.store.skills.rescan), **await self.skills(request)}
+        return {"changed": await on_thread(self.server.store.skills.rescan), **await self.skills(request)}
 
     async def skill_detail(self, request: Request, name: str) -> Json:
-        return cast("Json", await self._work(self.server.store.skills.detail, name))
+        return await on_thread(self.server.store.skills.detail, name)
 
     async def skill_file(self, request: Request, name: str) -> Json:
         return {"content": await self._first_path(request, functools.partial(self.server.store.skills.read, name))}
@@ -8171,8 +8166,8 @@ class Api:
         *others, last = request.named_paths()
         for path in others:
             with contextlib.suppress(NotFound):
-                return await self._work(read, path)
-        return await self._work(read, last)
+                return await on_thread(read, path)
+        return await on_thread(read, last)
 
     async def own_skills(self, request: Request) -> Json:
         skills, workspaces = self.server.store.skills, list(self.server.store.workspaces.values())
@@ -8181,7 +8176,7 @@ class Api:
             enabled = [w["id"] for w in workspaces if skill["name"] in arr(w.get("skills"))]
             return {**skill, **skills.details(skill), "enabledIn": enabled}
 
-        return {"skills": await self._work(lambda: [described(skill) for skill in skills.all()])}
+        return {"skills": await on_thread(lambda: [described(skill) for skill in skills.all()])}
 
     async def copy_skill(self, request: Request) -> Reply:
         """Make a skill of a folder in a session's workspace."""
@@ -8200,45 +8195,45 @@ class Api:
             files = gather(top, os.path.relpath(source, top), self.server.sessions.sensitive)
             return self.server.store.skills.save(body["name"], files)
 
-        return Reply(201, {"skill": await self._work(work)})
+        return Reply(201, {"skill": await on_thread(work)})
 
     async def edit_skill(self, request: Request, name: str) -> Json:
         body = request.json()
         files = body.get("files") or {}
         require(isinstance(files, dict), "files must be texts by path")
-        return {"skill": await self._work(self.server.store.skills.edit, name, body.get("content"), files)}
+        return {"skill": await on_thread(self.server.store.skills.edit, name, body.get("content"), files)}
 
     async def delete_skill(self, request: Request, name: str) -> Reply:
-        await self._work(self.server.store.skills.delete, name)
+        await on_thread(self.server.store.skills.delete, name)
         return Reply(204)
 
     async def extensions(self, request: Request) -> Json:
-        return {"extensions": await self._work(list_extensions)}
+        return {"extensions": await on_thread(list_extensions)}
 
     async def host_directories(self, request: Request) -> Json:
-        return {"directories": await self._work(host_directories, request.query.get("root", ""))}
+        return {"directories": await on_thread(host_directories, request.query.get("root", ""))}
 
     # themes
 
     async def themes(self, request: Request) -> Json:
-        return {"themes": await self._work(self.server.store.themes.all)}
+        return {"themes": await on_thread(self.server.store.themes.all)}
 
     async def show_theme(self, request: Request, name: str) -> Json:
-        return {"theme": await self._work(self.server.store.themes.read, name)}
+        return {"theme": await on_thread(self.server.store.themes.read, name)}
 
     async def save_theme(self, request: Request, name: str) -> Reply:
-        theme = await self._work(self.server.store.themes.save, name, request.json().get("theme"))
+        theme = await on_thread(self.server.store.themes.save, name, request.json().get("theme"))
         return Reply(201, {"theme": theme, "saved": True})
 
     async def delete_theme(self, request: Request, name: str) -> Json:
-        await self._work(self.server.store.themes.delete, name)
+        await on_thread(self.server.store.themes.delete, name)
         return {"deleted": True}
 
     # workspaces
 
     def workspace(self, key: str) -> Json:
         """Raises NotFound."""
-        return cast("Json", existing(self.server.store.workspaces.get(key), "Workspace not found"))
+        return existing(self.server.store.workspaces.get(key), "Workspace not found")
 
     async def _shown(self, request: Request, *records: Json) -> list[Json]:
         """Workspaces as the app that asks decodes them."""
@@ -8247,7 +8242,7 @@ class Api:
         return [workspace_wire(record, dialect, skills) for record in records]
 
     async def _skill_names(self) -> set[str]:
-        return {skill["name"] for skill in await self._work(self.server.store.skills.all)}
+        return {skill["name"] for skill in await on_thread(self.server.store.skills.all)}
 
     async def workspaces(self, request: Request) -> Json:
         known = self.server.store.workspaces
@@ -8366,7 +8361,7 @@ class Api:
             events += live.unwritten(self.admit(request), events)
         events[:1] = [b'{"session":' + self.server.store.wire(record) + b',"trace":[' + b"".join(events[:1])]
         events[-1] += b"]}"
-        return Reply(200, await asyncio.get_running_loop().run_in_executor(None, b",".join, events))
+        return Reply(200, await on_thread(b",".join, events))
 
     async def tool_output(self, request: Request, key: str, session_id: str, call_id: str) -> Json:
         self.session(key, session_id)
@@ -8378,7 +8373,7 @@ class Api:
         since = request.query.get("since", "0")
         require(re.fullmatch(r"\d{1,15}", since), "since must be a non-negative integer")
         record = self.session(key, session_id)
-        live: LiveSession = existing(self.server.sessions.active.get(session_id), "Session not active")
+        live = existing(self.server.sessions.active.get(session_id), "Session not active")
         live.flush()
         events, complete = live.log.since(int(since))
         found = {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete}
@@ -8388,7 +8383,7 @@ class Api:
         self.workspace(key)
         if "sessionId" in request.query:
             self.session(key, request.query["sessionId"])
-        return Reply(200, await self._work(self.server.sessions.graph, key, request.query))
+        return Reply(200, await on_thread(self.server.sessions.graph, key, request.query))
 
     async def session_file(self, request: Request, key: str, session_id: str) -> Reply:
         """A file of the workspace, as it is."""
@@ -8416,7 +8411,7 @@ class Api:
             if isinstance(body.get(name), (str, int, float)):
                 stated[name] = body[name][:200] if isinstance(body[name], str) else body[name]
         line = encode({"receivedAt": now_ms(), **stated, "sessionId": session_id, "workspaceId": key, "entries": entries})
-        await self._work(append_line, self.server.store.path("client-logs", session_id + ".jsonl"), line, LOG_LIMIT)
+        await on_thread(append_line, self.server.store.path("client-logs", session_id + ".jsonl"), line, LOG_LIMIT)
         return {"ok": True, "accepted": len(entries)}
 
     async def stop_session(self, request: Request, key: str, session_id: str) -> Json:
@@ -8510,8 +8505,7 @@ class Api:
         return Reply(201, {"rule": rule_view(same or rule)})
 
     def _stored_rule(self, key: str) -> Json:
-        found = next((rule for rule in self.server.store.rules.now() if rule.get("id") == key), None)
-        return cast("Json", existing(found, "Rule not found"))
+        return existing(next((rule for rule in self.server.store.rules.now() if rule.get("id") == key), None), "Rule not found")
 
     async def change_rule(self, request: Request, key: str) -> Json:
         patch = {name: value for name, value in request.json().items() if name in RULE_FIELDS}
@@ -8532,9 +8526,7 @@ class Api:
         require(good, "limit must be an integer between 1 and 500")
         require(re.fullmatch(r"\d{1,18}", before) and int(before), "before must be a positive integer timestamp")
         own, end, read = self._wanted(request), int(before), self.server.store.audit.entries
-        entries: list[Json] = await asyncio.get_running_loop().run_in_executor(
-            None, read, int(limit), lambda entry: own(entry) and whole(entry.get("timestamp")) < end
-        )
+        entries = await on_thread(read, int(limit), lambda entry: own(entry) and whole(entry.get("timestamp")) < end)
         return {"entries": [{"risk": "low", "layer": "", "displaySummary": "", **entry} for entry in entries]}
 
     async def fallback(self, request: Request) -> Json:
@@ -8995,7 +8987,7 @@ class Server:
 
     def redeem(self, pairing_token: str) -> str:
         """A device token for an app 1.1 invite's secret, or ""."""
-        device: str = self.store.change_access(lambda access: access.redeem(pairing_token, now_ms()))
+        device = self.store.change_access(lambda access: access.redeem(pairing_token, now_ms()))
         self.reload()
         return device
 
@@ -9023,7 +9015,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         if self.store.unclean:
-            await loop.run_in_executor(None, end_marked, f"OPPI_OWNER={self.store.root}")
+            await on_thread(end_marked, f"OPPI_OWNER={self.store.root}")
         port = await self.edge.listen(host, port)
         self.note(host=host, port=port)
         self.sessions.port = port
@@ -9038,7 +9030,7 @@ class Server:
 
     async def _warm(self) -> None:
         """Ask pi what it is, so that no phone has to wait for it."""
-        await asyncio.get_running_loop().run_in_executor(None, self.store.skills.rescan)
+        await on_thread(self.store.skills.rescan)
         await self.pi.known_version()
         await self.pi.known_models()
 
@@ -9064,7 +9056,7 @@ class Server:
         await self.notifier.close()
         await self.sessions.close()
         await self.edge.close()
-        await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+        await on_thread(self.store.close)
 
 
 # ═══════════════════════════════════ 19. Terminal phone ══════════════════════════════════
@@ -9734,7 +9726,7 @@ def add_device(store: Store, args: argparse.Namespace) -> int:
     store.settings()
     need(args.name, "devices add NAME")
     token = new_token("dt")
-    device: Json = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
+    device = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
     lines = [f"Token of {args.name}, shown only now:", f"  {token}"] if at_terminal(sys.stdout) else [token]
     return show(args, {"id": device["id"], "name": args.name, "token": token}, lines)
 
@@ -9742,7 +9734,7 @@ def add_device(store: Store, args: argparse.Namespace) -> int:
 def revoke_device(store: Store, args: argparse.Namespace) -> int:
     store.settings()
     need(args.name, "devices revoke NAME")
-    gone: list[str] = store.change_access(lambda access: access.revoke(args.name))
+    gone = store.change_access(lambda access: access.revoke(args.name))
     if token := store.read_access().moved.get(args.name):
         gone.append(args.name)
         store.change_config(lambda raw: raw.update(authDeviceTokens=[t for t in raw["authDeviceTokens"] if t != token]))
