@@ -2498,27 +2498,23 @@ def patched_rule(rule: Json, patch: Json) -> Json:
 
     Whoever changes what a rule matches has seen it: it is no longer the one exact text then."""
     view = rule_view(rule)
-    decision = {"block": "deny"}.get(str(patch.get("decision")), patch.get("decision", view["decision"]))
-    if decision not in ACTIONS:
-        raise BadRequest('decision must be one of "allow", "ask", "deny"')
+    decision = str({"block": "deny"}.get(str(patch.get("decision")), patch.get("decision", view["decision"])))
+    require(decision in ACTIONS, 'decision must be one of "allow", "ask", "deny"')
     for name in ("label", "tool", "pattern", "executable"):
-        if not isinstance(patch.get(name, ""), (str, type(None))):
-            raise BadRequest(f"{name} must be a string or null")
-    if patch.get("tool") == "":
-        raise BadRequest("tool cannot be empty")
+        require(isinstance(patch.get(name, ""), (str, type(None))), f"{name} must be a string or null")
+    require(patch.get("tool") != "", "tool cannot be empty")
     expires = patch.get("expiresAt", rule.get("expiresAt"))
-    if expires is not None and (not isinstance(expires, (int, float)) or isinstance(expires, bool)):
-        raise BadRequest("expiresAt must be a number or null")
-    if expires is not None and expires <= 0:
-        raise BadRequest("expiresAt must be a positive timestamp")
+    number = isinstance(expires, (int, float)) and not isinstance(expires, bool)
+    require(expires is None or number, "expiresAt must be a number or null")
+    require(expires is None or expires > 0, "expiresAt must be a positive timestamp")
     changed = {**rule, "decision": decision, "effect": decision, "expiresAt": expires}
     changed["tool"] = patch.get("tool", view["tool"]) or "*"
     changed.update({name: patch.get(name, view.get(name)) for name in ("pattern", "executable")})
     if any(changed[name] != view.get(name) for name in ("tool", "pattern", "executable")):
         changed.update(exact=None, match=None)
         changed["tool"] = "bash" if changed["executable"] and changed["tool"] == "*" else changed["tool"]
-    if changed["tool"] == "*" and not changed["pattern"] and not changed["executable"]:
-        raise BadRequest("rule must specify tool, pattern, or executable")
+    narrow = changed["tool"] != "*" or changed["pattern"] or changed["executable"]
+    require(narrow, "rule must specify tool, pattern, or executable")
     label = patch.get("label", rule.get("label") or rule.get("description"))
     if LEARNED_LABEL.match(str(label)):
         label = f"{decision.capitalize()} exactly: {changed['exact']}" if changed.get("exact") is not None else None
@@ -4027,6 +4023,13 @@ async def on_thread(work: Callable[..., T], *given: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, work, *given)
 
 
+def spawn(tasks: set[asyncio.Task[Any]], work: Any) -> None:
+    """Do something beside; `tasks` has it until it ends."""
+    task = asyncio.ensure_future(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
 def log(tag: str, text: str) -> None:
     """One line on stderr, without secrets or control characters."""
     clock = time.strftime("%H:%M:%S") + f".{now_ms() % 1000:03d}"
@@ -5474,18 +5477,14 @@ class Approvals:
     @staticmethod
     def check(action: Any, expires_in: Any) -> None:
         """Raises BadRequest for an answer that is none."""
-        if action not in ("allow", "deny"):
-            raise BadRequest('action must be "allow" or "deny"')
+        require(action in ("allow", "deny"), 'action must be "allow" or "deny"')
         number = isinstance(expires_in, (int, float)) and not isinstance(expires_in, bool)
-        if expires_in is not None and not (number and expires_in > 0):
-            raise BadRequest("expiresInMs must be a positive number when provided")
+        require(expires_in is None or (number and expires_in > 0), "expiresInMs must be a positive number when provided")
 
     def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> Json:
         """Settle a question; what came of it ({action, scope, …}).  Raises NotFound or BadRequest."""
         self.check(action, expires_in)
-        if key not in self.pending:
-            raise NotFound(f"Permission request not found: {key}")
-        pending = self.pending[key]
+        pending = existing(self.pending.get(key), f"Permission request not found: {key}")
         context = pending.session.context()
         verdict = evaluate(pending.call, context)
         if verdict.action == "deny":  # a rule was added since the question was put
@@ -6294,8 +6293,7 @@ class LiveSession:
 
     async def change_queue(self, body: Json) -> Json:
         """Replace the queued messages (P87).  Raises Conflict for an old version, BadRequest for bad items."""
-        if not self.modern:
-            raise BadRequest("This version of pi cannot change its queue")
+        require(self.modern, "This version of pi cannot change its queue")
         drafts = [(kind, queue_drafts(body, name)) for name, kind in (("steering", "steer"), ("followUp", "follow_up"))]
         async with self.lane:
             if body.get("baseVersion") != self.queue["version"]:
@@ -6499,24 +6497,21 @@ def images_of(value: Any) -> list[Json]:
     """Images of a client in pi's form.  Raises BadRequest."""
     images = [obj(image) for image in arr(value)]
     good = all(isinstance(image.get(k), str) for image in images for k in ("data", "mimeType"))
-    if not good or (value is not None and not isinstance(value, list)):
-        raise BadRequest("images must be a list of {data, mimeType}")
+    require(good and (value is None or isinstance(value, list)), "images must be a list of {data, mimeType}")
     return [{"type": "image", "data": image["data"], "mimeType": image["mimeType"]} for image in images]
 
 
 def turn_payload(command: str, body: Json) -> Json:
     """What pi is sent for a turn command.  Raises BadRequest.  A prompt that meets a running turn is
     queued behind it, so no race with the end of the last turn can lose it."""
-    if not isinstance(body.get("message"), str):
-        raise BadRequest("message must be a string")
+    require(isinstance(body.get("message"), str), "message must be a string")
     payload: Json = {"message": body["message"]}
     images = images_of(body.get("images"))
     if images:
         payload["images"] = images
     if command == "prompt":
         behavior = body.get("streamingBehavior") or "followUp"
-        if behavior not in ("steer", "followUp"):
-            raise BadRequest("streamingBehavior must be steer or followUp")
+        require(behavior in ("steer", "followUp"), "streamingBehavior must be steer or followUp")
         payload["streamingBehavior"] = behavior
     return payload
 
@@ -6531,9 +6526,9 @@ def pi_turn(command: str, payload: Json) -> Json:
 
 def queue_drafts(body: Json, name: str) -> list[Json]:
     items = body.get(name)
-    if not isinstance(items, list) or not all(isinstance(i, dict) and isinstance(i.get("message"), str) for i in items):
-        raise BadRequest(f"{name} must be a list of items with a message")
-    return [turn_payload("steer", item) for item in items]
+    good = isinstance(items, list) and all(isinstance(obj(item).get("message"), str) for item in items)
+    require(good, f"{name} must be a list of items with a message")
+    return [turn_payload("steer", item) for item in arr(items)]
 
 
 def end_line(path: str) -> str:
@@ -6626,10 +6621,7 @@ class Sessions:
 
     def record(self, session_id: str) -> Json:
         """Raises NotFound."""
-        record = self.store.sessions.get(session_id)
-        if record is None:
-            raise NotFound(f"Session not found: {session_id}")
-        return record
+        return existing(self.store.sessions.get(session_id), f"Session not found: {session_id}")
 
     def seq(self, session_id: str) -> int:
         """Highest seq a session may have used."""
@@ -6696,9 +6688,7 @@ class Sessions:
 
     async def _start(self, record: Json) -> LiveSession:
         previous = record.get("status")
-        workspace = self.store.workspaces.get(str(record.get("workspaceId")))
-        if workspace is None:
-            raise NotFound("Workspace not found")
+        workspace = existing(self.store.workspaces.get(str(record.get("workspaceId"))), "Workspace not found")
         live = LiveSession(self, record, workspace)
         record["status"] = "starting"
         self.store.changed(record["id"])
@@ -6819,13 +6809,11 @@ class Sessions:
             found = local_session(real)
         except (OSError, ValueError) as error:
             raise BadRequest(f"Invalid session file: {getattr(error, 'strerror', None) or error}") from None
-        if not found["cwd"]:
-            raise BadRequest("Cannot read session CWD from file")
-        if not workspace.get("hostMount"):
-            raise BadRequest("Workspace has no hostMount configured")
+        require(found["cwd"], "Cannot read session CWD from file")
+        require(workspace.get("hostMount"), "Workspace has no hostMount configured")
         mount = os.path.expanduser(workspace["hostMount"])
-        if not inside(os.path.realpath(found["cwd"]), os.path.realpath(mount)):
-            raise BadRequest(f"Session CWD ({found['cwd']}) is not within workspace path ({mount})")
+        within = inside(os.path.realpath(found["cwd"]), os.path.realpath(mount))
+        require(within, f"Session CWD ({found['cwd']}) is not within workspace path ({mount})")
         self.check_free(real)
         first = found.get("firstMessage", "")
         record = self.create(workspace, {**body, "name": body.get("name") or found.get("name") or first[:80]})
@@ -7339,9 +7327,7 @@ class Notifier:
             work.close()
             log("push", "too many notes are under way; one is left out")
             return
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        spawn(self.tasks, work)
 
     async def _tries(self, send: Callable[[], Any], note: Note | None = None) -> tuple[int, str]:
         """Send, again after a while if the other side may take it then, and as long as it matters."""
@@ -7667,7 +7653,7 @@ class Client:
         self.subscribed_at: deque[float] = deque(maxlen=30)
         self.subscribing: dict[Any, asyncio.Event] = {}  # session id -> set when its subscribe is answered
         self.blocked = self.accepted = False
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()  # they end when the token is revoked
         self.ready = asyncio.Event()  # set once the first frames of a per-session socket are out
         self.missed = 0  # pings without a pong
         self.heard, self.asked = time.monotonic(), 0.0  # when the phone last sent anything; when it was asked to
@@ -7714,7 +7700,7 @@ class Client:
             self.transport.abort()
         elif unsent > WRITE_HIGH and not self.blocked:
             self.blocked = True
-            self.spawn(self._unblock())
+            spawn(self.tasks, self._unblock())
         if self.protocol.close_expected():
             self.accepted = False
             asyncio.get_running_loop().call_later(1, self.transport.close)
@@ -7730,12 +7716,6 @@ class Client:
                     self._send(encode(waiting.popleft()))
         if not waiting:
             self.outbox.size = 0
-
-    def spawn(self, work: Any) -> None:
-        """Do something beside; it ends when the token is revoked."""
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     def received(self, data: bytes) -> None:
         """Bytes of the peer; b"" at its end."""
@@ -7777,7 +7757,7 @@ class Client:
                 self.close(1008, "Too many messages at once")
             elif frame.fin:
                 data, self._partial = b"".join(self._partial), []
-                self.spawn(self.api.message(self, data))
+                spawn(self.tasks, self.api.message(self, data))
 
     def ping(self) -> None:
         """Called every PING_S: ask for a sign of life, give up after PINGS_MISSED without one."""
@@ -8567,7 +8547,7 @@ class Api:
             client.subscriptions[client.session_id] = "full"  # from here on it misses nothing
             if live:
                 live.catch_up(client)
-            client.spawn(self._begin(client, list(self.server.approvals.pending)))
+            spawn(client.tasks, self._begin(client, list(self.server.approvals.pending)))
 
     def _connected(self, record: Json) -> Json:
         return {**_session_frame("connected", record), "currentSeq": self.server.sessions.seq(record["id"])}
@@ -9144,12 +9124,7 @@ class TerminalPhone:
         self.line_open = not text.endswith("\n")
 
     def send(self, kind: str, **fields: Any) -> None:
-        self.spawn(self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
-
-    def spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        spawn(self.tasks, self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
 
     async def run(self) -> None:
         from websockets.asyncio.client import connect
@@ -9185,7 +9160,7 @@ class TerminalPhone:
     def leave(self) -> None:
         self.leaving = True
         if not self.busy:
-            self.spawn(self.socket.close())
+            spawn(self.tasks, self.socket.close())
 
     def one_key(self, on: bool) -> None:
         """Read single keys, or lines again."""
