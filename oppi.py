@@ -2902,11 +2902,8 @@ class PiReader:
         text = bytes(line[start:stop]).strip(b"\r")
         if not text:
             return []
-        try:
-            event = parse_json(text)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+        event = _object(text)
+        if not isinstance(event.get("type"), str):
             event = {"type": "garbage", "line": text[:200].decode("utf-8", "replace")}
         update = obj(event.get("assistantMessageEvent"))
         kind = DELTAS.get(str(update.get("type")).encode())
@@ -2950,10 +2947,7 @@ def gate_question(event: Json) -> Json | None:
     """The gate's question in an extension_ui_request, {} if it is malformed, None if it is another dialog."""
     if event.get("method") != "input" or event.get("title") != GATE_TITLE:
         return None
-    try:
-        return obj(parse_json(str(event.get("placeholder"))))
-    except ValueError:
-        return {}
+    return _object(str(event.get("placeholder")))
 
 
 def gate_answer(request_id: Any, tool_call_id: Any, verdict: str, reason: str) -> Json:
@@ -3024,16 +3018,15 @@ def block_text(content: Any, separator: str = "") -> str:
     """The text blocks of a message's content, which may also be a plain string."""
     if isinstance(content, str):
         return content
-    blocks = [b for b in arr(content) if isinstance(b, dict)]
+    blocks = map(obj, arr(content))
     return separator.join(str(b.get("text", "")) for b in blocks if b.get("type") in ("text", "output_text"))
 
 
 def data_uris(content: Any) -> list[str]:
     """Image and audio blocks as `data:` URIs."""
-    blocks = [b for b in arr(content) if isinstance(b, dict)]
     return [
         f"data:{b.get('mimeType') or MEDIA[b['type']]};base64,{b['data']}"
-        for b in blocks
+        for b in map(obj, arr(content))
         if b.get("type") in MEDIA and isinstance(b.get("data"), str)
     ]
 
@@ -3129,7 +3122,7 @@ class Translator:
         if role != "assistant":
             return [STATE]
         blocks = [] if self.thought else arr(content)
-        thoughts = [b.get("thinking") for b in blocks if isinstance(b, dict) and b.get("type") == "thinking"]
+        thoughts = [b.get("thinking") for b in map(obj, blocks) if b.get("type") == "thinking"]
         found: list[Json] = [{"type": "thinking_delta", "delta": text} for text in thoughts if isinstance(text, str) and text]
         if message.get("stopReason") == "error":
             text = str(message.get("errorMessage") or "The model request failed")
@@ -3207,7 +3200,7 @@ class Translator:
         return [dialog_message(event)]
 
 
-def _object(text: str) -> Json:
+def _object(text: str | bytes) -> Json:
     try:
         return obj(parse_json(text))
     except ValueError:
@@ -3328,7 +3321,7 @@ def count_change(record: Json, event: Json, cwd: str) -> None:
     elif not known:
         stats["changedFilesOverflow"] = whole(stats.get("changedFilesOverflow")) + 1
     edits = arr(args.get("edits")) or [args]
-    pairs = [(lines_of(e.get("oldText")), lines_of(e.get("newText"))) for e in edits if isinstance(e, dict)]
+    pairs = [(lines_of(e.get("oldText")), lines_of(e.get("newText"))) for e in map(obj, edits)]
     counts = stats.setdefault("_fileLineCounts", {})
     if tool.lower() == "write":
         pairs = [(whole(counts.get(path)), lines_of(args.get("content")))]
@@ -3351,11 +3344,8 @@ OUTLINED = ("type", "id", "parentId", "version", "firstKeptEntryId")  # all that
 
 def parse_entry(line: bytes) -> Json | None:
     """An entry of a session file; None for a broken line."""
-    try:
-        entry = parse_json(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("type"), str) else None
+    entry = _object(line)
+    return entry if isinstance(entry.get("type"), str) else None
 
 
 def outline(line: bytes) -> Json | None:
@@ -3621,7 +3611,7 @@ def before_changes(text: str, changes: Sequence[Json]) -> str:
         args = obj(call["args"])
         if call["tool"].rpartition(".")[2].lower() == "write":
             text = ""
-        for edit in reversed([e for e in arr(args.get("edits")) or [args] if isinstance(e, dict)]):
+        for edit in map(obj, reversed(arr(args.get("edits")) or [args])):
             old, new = (str(edit.get(name) or "") for name in ("oldText", "newText"))
             at = text.find(new) if new else _line_start(text, whole(obj(call.get("details")).get("firstChangedLine")))
             text = text[:at] + old + text[at + len(new) :] if at >= 0 else text
@@ -4587,19 +4577,12 @@ class AuditLog:
     def _resumed(self, tail: bytes) -> str:
         """The hash to go on from: that of audit.head, or of the last line if a crash came between the two."""
         head, last = self.head(), sha256(tail.rstrip(b"\n")) if tail else ""
-        return last if not head or (tail and self._entry(tail).get("prev") == head) else head
+        return last if not head or (tail and _object(tail).get("prev") == head) else head
 
     def head(self) -> str:
         with contextlib.suppress(OSError):
             return read_file(self.head_path).decode("ascii", "replace").strip()
         return ""
-
-    @staticmethod
-    def _entry(line: bytes) -> Json:
-        try:
-            return obj(parse_json(line))
-        except ValueError:
-            return {}
 
     def lines(self, path: str) -> Iterator[bytes]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -4608,7 +4591,7 @@ class AuditLog:
     def entries(self, limit: int, wanted: Callable[[Json], bool]) -> list[Json]:
         """The newest entries of the current file, the newest first."""
         found: deque[Json] = deque(maxlen=limit)
-        found.extend(entry for entry in map(self._entry, self.lines(self.path)) if entry.get("id") and wanted(entry))
+        found.extend(entry for entry in map(_object, self.lines(self.path)) if entry.get("id") and wanted(entry))
         return list(found)[::-1]
 
     def verify(self) -> tuple[int, list[str]]:
@@ -4616,7 +4599,7 @@ class AuditLog:
         count, problems, last, chained, behind = 0, [], "", False, ""
         for path in (self.path + ".1", self.path):
             for number, line in enumerate(self.lines(path), 1):
-                entry, place = self._entry(line), f"{os.path.basename(path)} line {number}"
+                entry, place = _object(line), f"{os.path.basename(path)} line {number}"
                 previous = entry.get("prev")
                 if not entry:
                     problems.append(f"{place} is not whole")
@@ -6538,7 +6521,7 @@ def end_line(path: str) -> str:
     try:
         with open(path, "r+b") as file:
             head = file.readline(65536)
-            if head.strip() and obj(_object(head.decode("utf-8", "replace"))).get("type") != "session":
+            if head.strip() and _object(head.decode("utf-8", "replace")).get("type") != "session":
                 raise PiFailed(f"Not a session file of pi: {path}")
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
@@ -7181,8 +7164,7 @@ class Apns:
             fields += [("header", f"{name}: {value}") for name, value in (("authorization", f"bearer {jwt}"), *headers.items())]
             fields += [("cacert", config["caFile"])] if config.get("caFile") else []
             status, reason = await curl([*fields, ("http2", "true"), ("header", "content-type: application/json")])
-            with contextlib.suppress(ValueError):
-                reason = str(obj(parse_json(reason.encode())).get("reason") or reason)
+            reason = str(_object(reason).get("reason") or reason)
             if status != 403 or reason not in STALE_JWT:
                 break
         return status, reason
@@ -9332,11 +9314,6 @@ def demo_agent(argv: Sequence[str]) -> None:
         content = [{"type": "text", "text": f"{text} "}, *calls]
         tell("message_end", message={"role": "assistant", "content": content, "stopReason": "toolUse" if calls else "stop"})
 
-    def asked(answer: Json) -> bool:
-        with contextlib.suppress(ValueError):
-            return obj(parse_json(str(answer.get("value")))).get("verdict") == "allow"
-        return False
-
     def finish(allowed: bool) -> None:
         text = "Blocked by the person with the phone"
         if allowed:
@@ -9355,7 +9332,7 @@ def demo_agent(argv: Sequence[str]) -> None:
         command = obj(parse_json(line))
         kind, data = str(command.get("type")), {"sessionId": "demo", "isStreaming": False, "messageCount": 0}
         if kind == "extension_ui_response" and command.get("id") == "call":
-            finish(asked(command))
+            finish(_object(str(command.get("value"))).get("verdict") == "allow")
         elif kind != "extension_ui_response":
             tell("response", id=command.get("id"), command=kind, success=True, data=data)
         if kind == "prompt":
@@ -9467,14 +9444,12 @@ def quick(*argv: str) -> str:
 
 def host_names() -> Json:
     """The names and addresses of this machine, "" where there is none."""
-    status: Any = {}
-    with contextlib.suppress(ValueError):
-        status = parse_json(quick("tailscale", "status", "--json"))
+    status = _object(quick("tailscale", "status", "--json"))
     local = quick("scutil", "--get", "LocalHostName")
     if not local and os.path.exists("/run/avahi-daemon/socket"):
         local = short_host()
     return {
-        "tailscaleName": str(obj(obj(status).get("Self")).get("DNSName") or "").rstrip("."),
+        "tailscaleName": str(obj(status.get("Self")).get("DNSName") or "").rstrip("."),
         "tailscaleIp": quick("tailscale", "ip", "-4").partition("\n")[0],
         "localName": f"{local}.local" if local else "",
         "lanIp": lan_ip(),
