@@ -6230,7 +6230,8 @@ class LiveSession:
                 self.taken.clear()
                 self.handed = item.turn_id
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
-                self.pi.call(pi_turn(turn.command, turn.payload), functools.partial(self._answered, item, slash))
+                command = pi_turn(turn.command, turn.payload, self.running)
+                self.pi.call(command, functools.partial(self._answered, item, slash))
                 if not slash:
                     self._timers["deaf"] = asyncio.get_running_loop().call_later(DEAF_S, self._tell_deaf)
                 if not slash and not await asyncio.shield(item.done):
@@ -6500,10 +6501,11 @@ def turn_payload(command: str, body: Json) -> Json:
     return payload
 
 
-def pi_turn(command: str, payload: Json) -> Json:
+def pi_turn(command: str, payload: Json, running: bool = True) -> Json:
     """The command pi gets for a turn.  What pi is told to queue when it has just become idle waits there for the next
-    prompt; a prompt that says how to queue it never waits.  But as a prompt `/name` would run an extension's command."""
-    if command == "prompt" or payload["message"].startswith("/"):
+    prompt; a prompt that says how to queue it never waits.  But as a prompt `/name` would run an extension's command
+    beside the run."""
+    if command == "prompt" or (running and payload["message"].startswith("/")):
         return {"type": command, **payload}
     return {"type": "prompt", **payload, "streamingBehavior": "steer" if command == "steer" else "followUp"}
 
@@ -6963,8 +6965,8 @@ class Sessions:
         limit = self.settings()["sessionIdleTimeoutMs"] / 1000
         for live in list(self.active.values()):
             live.breathe()
-            waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or not live.free.is_set()
-            if live.state == "ready" and not waiting and time.monotonic() - live.used > limit:
+            waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or live.pi.calls
+            if live.state == "ready" and live.free.is_set() and not waiting and time.monotonic() - live.used > limit:
                 log("session", f"{live.id}: idle for {limit:.0f} s, stopping")
                 asyncio.ensure_future(live.terminate("server"))
 

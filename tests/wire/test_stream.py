@@ -410,6 +410,22 @@ class TestQueue:
         again = chat.phone.prompt(chat.sid, "!say b", turn.client_turn_id, "result", kind="steer")
         assert chat.phone.wait("turn_ack", requestId=again.request_id)["duplicate"] is True
 
+    @pytest.mark.parametrize("kind", ["steer", "follow_up"])
+    def test_a_template_that_is_queued_just_as_the_run_ends_is_answered(self, both: Rig, kind: str) -> None:
+        """pi would keep it until the next prompt; 0.73 says 50 ms late that a run is over, time enough to be accepted."""
+        chat = both.chat()
+        for number in range(3):
+            chat.phone.mark()
+            chat.say(f"!say run {number}")
+            chat.phone.wait("message_end", role="assistant")
+            chat.phone.send(kind, sessionId=chat.sid, message=f"/late {number}", requestId=kind, clientTurnId=f"{kind}{number}")
+            done = chat.phone.result(kind, kind)
+            if done["success"]:
+                chat.phone.wait("message_end", role="assistant", content=f"ok: /late {number}")
+            else:
+                assert "requires an active streaming turn" in done["error"]
+            chat.settled()
+
     def test_the_queue_is_told_on_request(self, both: Rig) -> None:
         chat = both.chat()
         result = chat.phone.command("get_queue", chat.sid, check=True)
