@@ -159,6 +159,7 @@ class UsageError(OppiError):
 
 
 ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # session and workspace ids are 8 long, others 12; old ones vary
+ID_LIMIT = 256  # characters of an id that a client makes up; other phones are told of it
 INVISIBLE = (
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f"
     "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -3119,9 +3120,10 @@ class Translator:
             return [STATE]
         blocks = [] if self.thought else arr(content)
         thoughts = [b.get("thinking") for b in blocks if isinstance(b, dict) and b.get("type") == "thinking"]
-        found: list[Json] = [{"type": "thinking_delta", "delta": text} for text in thoughts if isinstance(text, str) and text]
+        thought = "".join(text for text in thoughts if isinstance(text, str))
+        found: list[Json] = [{"type": "thinking_delta", "delta": piece} for piece in pieces(thought)]
         if message.get("stopReason") == "error":
-            text = str(message.get("errorMessage") or "The model request failed")
+            text = fitting(str(message.get("errorMessage") or "The model request failed"))
             self.failure = TOO_LARGE_TEXT if "request_too_large" in text else text
         return [*found, {"type": "message_end", "role": "assistant", "content": fitting(block_text(content))}, STATE]
 
@@ -3174,23 +3176,23 @@ class Translator:
         result = obj(event.get("result"))
         end = {"type": "compaction_end", "aborted": bool(event.get("aborted")), "willRetry": bool(event.get("willRetry"))}
         summary, before = result.get("summary"), result.get("tokensBefore")
-        end.update({"summary": summary} if isinstance(summary, str) else {})
+        end.update({"summary": fitting(summary)} if isinstance(summary, str) else {})
         end.update({"tokensBefore": before} if _is_int(before) else {})
         failure = event.get("errorMessage") if event.get("reason") != "manual" else None  # the command's result says it
         self.failure = "" if event.get("willRetry") else self.failure
-        return [end, {"type": "error", "error": failure}] if isinstance(failure, str) and failure else [end]
+        return [end, {"type": "error", "error": fitting(failure)}] if isinstance(failure, str) and failure else [end]
 
     _on_auto_compaction_start, _on_auto_compaction_end = _on_compaction_start, _on_compaction_end
 
     def _on_auto_retry_start(self, event: Json) -> list[Json]:
         self.failure = ""
         numbers = {name: whole(event.get(name)) for name in ("attempt", "maxAttempts", "delayMs")}
-        return [{"type": "retry_start", **numbers, "errorMessage": str(event.get("errorMessage") or "retry requested")}]
+        return [{"type": "retry_start", **numbers, "errorMessage": fitting(str(event.get("errorMessage") or "retry requested"))}]
 
     def _on_auto_retry_end(self, event: Json) -> list[Json]:
         end: Json = {"type": "retry_end", "success": event.get("success") is True, "attempt": whole(event.get("attempt"))}
         final = event.get("finalError")
-        return [{**end, "finalError": final} if isinstance(final, str) else end]
+        return [{**end, "finalError": fitting(final)} if isinstance(final, str) else end]
 
     def _on_extension_ui_request(self, event: Json) -> list[Json]:
         return [dialog_message(event)]
@@ -3248,12 +3250,13 @@ SESSION_TYPES = {
 STATS_TYPES = {"int": "mutatingToolCalls filesChanged addedLines removedLines", "texts": "changedFiles"}
 STATUSES = ("starting", "ready", "busy", "stopping", "stopped", "error")
 CHANGED_FILES = 100  # app 1.1 shows so many; the rest is a number
+NAME_LIMIT = 4096  # characters of a name or path in a session; no system knows longer paths
 NO_TOKENS = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
 
 
 def session_wire(record: Json) -> Json:
     """A session as the apps decode it: every required field there and of its type, own fields left out."""
-    wire = typed(record, SESSION_TYPES)
+    wire = {k: v[:NAME_LIMIT] if isinstance(v, str) else v for k, v in typed(record, SESSION_TYPES).items()}
     tokens, cost, stats = obj(record.get("tokens")), record.get("cost"), obj(record.get("changeStats"))
     wire["tokens"] = {name: whole(tokens.get(name)) for name in NO_TOKENS}
     wire["status"] = record["status"] if record.get("status") in STATUSES else "stopped"
@@ -3305,7 +3308,7 @@ def count_change(record: Json, event: Json, cwd: str) -> None:
     """Change statistics of an `edit` or `write` call, paths relative to the workspace where they lie in it."""
     tool, args = str(event.get("toolName")), obj(event.get("args"))
     path = args.get("path") or args.get("file_path")
-    if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not path.strip():
+    if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not 0 < len(path.strip()) <= NAME_LIMIT:
         return
     path = path.strip()
     path = path[len(cwd) + 1 :] if inside(path, cwd) and path != cwd else path
@@ -3660,7 +3663,7 @@ def _side(side: str, hunk: Sequence[Json]) -> Json:
 
 RING = 500  # durable messages kept per session
 OUTBOX_LIMIT = 8 * 1024 * 1024  # bytes waiting for one phone
-MERGE_LIMIT = 128 * 1024  # characters of a merged delta
+MERGE_LIMIT = 64 * 1024  # characters of a merged delta; another CHUNK may be added to it
 TURNS, TURN_TTL_MS = 256, 15 * 60_000
 SEQ_STEP = 1000  # seq numbers reserved on disk at a time; a crash skips at most these
 
@@ -5545,8 +5548,8 @@ class Turns:
         """Put a turn in the line, or answer a repeated one.  Raises OppiError for the failed result."""
         payload = turn_payload(command, body)
         turn_id, request = body.get("clientTurnId") or "", {k: body[k] for k in ("requestId",) if isinstance(body.get(k), str)}
-        if not isinstance(turn_id, str):
-            raise BadRequest("clientTurnId must be a string")
+        if not isinstance(turn_id, str) or len(turn_id) > ID_LIMIT:
+            raise BadRequest(f"clientTurnId must be a string of at most {ID_LIMIT} characters")
         content = token_hash(f"{command}:{dumps(payload)}")
         known = self.book.known(turn_id, command, content, now_ms())
         if known:
@@ -5588,6 +5591,8 @@ class Turns:
                 kept = next((entry for entry in wanted if entry[0] == turn.text), None)
                 if kept:
                     wanted.remove(kept)
+                    images = obj(turn.payload).get("images")  # phones are not told of them
+                    kept[2].update({"images": images} if images and "images" not in kept[2] else {})
                 else:
                     self.book.release([key])
         for text, command, item in wanted:
@@ -5910,9 +5915,10 @@ class LiveSession:
         if self._delta:
             text, self._delta = "".join(self._delta), []
             self._flushed = self.spoke = time.monotonic()
-            message = {"type": self._delta_kind + "_delta", "delta": text, "sessionId": self.id}
-            self.said.append(message)
-            self.sessions.hub.publish(message)
+            for piece in pieces(text):
+                message = {"type": self._delta_kind + "_delta", "delta": piece, "sessionId": self.id}
+                self.said.append(message)
+                self.sessions.hub.publish(message)
 
     def unwritten(self, principal: str, events: Sequence[bytes]) -> list[bytes]:
         """Trace events of calls that ended before a device connected, but whose results pi has not written down yet."""
@@ -6168,6 +6174,9 @@ class LiveSession:
 
     def _on_extension_dialog(self, event: Json) -> None:
         message = dialog_message(event)
+        if len(encode(message)) > PHONE_LIMIT:
+            self.pi.send({"type": "extension_ui_response", "id": event.get("id"), "cancelled": True})
+            message = {"type": "error", "error": f"An extension's {message['method']} is too large for a phone"}
         if message["type"] == "extension_ui_request":
             message["sessionId"] = self.id
             self.dialogs[message["id"]] = message
@@ -6202,7 +6211,7 @@ class LiveSession:
 
     # turns
 
-    def check_turn(self, command: str) -> None:
+    def check_turn(self, command: str, text: str) -> None:
         """Raises the OppiError with which this turn is refused now."""
         if self.state in LEAVING:
             raise NotFound(f"Session not active: {self.id}")
@@ -6210,6 +6219,8 @@ class LiveSession:
             raise PiFailed("Permission gate not connected (state: unguarded). No prompt is sent to pi.")
         if command != "prompt" and not self.running:
             raise Conflict(NOT_STREAMING[command])
+        if self.running:
+            check_queue([*self._queued(), text])
 
     async def _feed(self) -> None:
         """Hand the accepted turns to pi in their order, each when pi would not lose it."""
@@ -6277,6 +6288,7 @@ class LiveSession:
         if not self.modern:
             raise BadRequest("This version of pi cannot change its queue")
         drafts = [(kind, queue_drafts(body, name)) for name, kind in (("steering", "steer"), ("followUp", "follow_up"))]
+        check_queue([item["message"] for _, items in drafts for item in items])
         async with self.lane:
             if body.get("baseVersion") != self.queue["version"]:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
@@ -6510,6 +6522,12 @@ def pi_turn(command: str, payload: Json, running: bool = True) -> Json:
     return {"type": "prompt", **payload, "streamingBehavior": "steer" if command == "steer" else "followUp"}
 
 
+def check_queue(texts: Sequence[str]) -> None:
+    """Raises TooLarge for more than phones can be told of the queue."""
+    if len(encode(texts)) > PHONE_LIMIT - CHUNK:
+        raise TooLarge("This is too long to wait in the queue. Send it when the turn is over.")
+
+
 def queue_drafts(body: Json, name: str) -> list[Json]:
     items = body.get(name)
     if not isinstance(items, list) or not all(isinstance(i, dict) and isinstance(i.get("message"), str) for i in items):
@@ -6660,7 +6678,7 @@ class Sessions:
 
         def check() -> None:
             if live:
-                live.check_turn(command)
+                live.check_turn(command, body["message"])
             elif command != "prompt":
                 raise Conflict(NOT_STREAMING[command])
 
@@ -8606,7 +8624,7 @@ class Api:
             raise BadRequest("Invalid JSON payload") from None
         require(isinstance(body, dict), "Message payload must be a JSON object")
         require(_is_text(body.get("type")), "Message type is required")
-        if not isinstance(body.get("requestId", ""), str):
+        if not isinstance(body.get("requestId", ""), str) or len(body.get("requestId", "")) > ID_LIMIT:
             del body["requestId"]
         return cast(Json, body)
 
@@ -8744,7 +8762,7 @@ class Api:
                 raise PiFailed(f"The answer to {kind} is too large for a phone")
             frames = [STATE, answer] if row.after == "_after_switch" else [answer, *states]
         except OppiError as error:
-            text = "Already compacted" if re.search("already compacted", str(error), re.I) else str(error)
+            text = "Already compacted" if re.search("already compacted", str(error), re.I) else fitting(str(error))
             frames = [_result_of(body, error=text)]
         for frame in frames:
             live.emit(frame)

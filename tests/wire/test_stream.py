@@ -446,6 +446,20 @@ class TestQueue:
         assert late["error"] == f"Queue version mismatch: expected {queue['version']}, got {version}"
         assert "queue_item_started" not in chat.phone.types(0)
 
+    def test_a_picture_stays_with_its_message_when_the_queue_is_replaced(self, rig: Rig) -> None:
+        chat = rig.chat()
+        chat.say(BUSY)
+        chat.phone.wait("agent_start")
+        picture = {"data": "AAAA", "mimeType": "image/png"}
+        chat.phone.prompt(chat.sid, "look", kind="follow_up", images=[picture])
+        queue = chat.phone.command("get_queue", chat.sid)["data"]
+        drafts = [{"message": "first"}, *({"id": item["id"], "message": item["message"]} for item in queue["followUp"])]
+        chat.phone.command("set_queue", chat.sid, baseVersion=queue["version"], steering=[], followUp=drafts, check=True)
+        sent = [line for line in rig.stdin_of_pi() if line.get("message") in ("look", "first")]
+        assert [(line["message"], line.get("images", [])) for line in sent[1:]] == [
+            ("first", []), ("look", [{"type": "image", **picture}]),
+        ]
+
     def test_an_idle_session_takes_no_items(self, rig: Rig) -> None:
         chat = rig.chat()
         version = chat.phone.command("get_queue", chat.sid)["data"]["version"]
