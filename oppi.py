@@ -5721,6 +5721,7 @@ class LiveSession:
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait, stop)
         self.free.set()
         self.taken = asyncio.Event()  # pi has begun or queued the last prompt; another one before that would be lost
+        self.taken.set()
         self.handed = ""  # id of that prompt
         self.gated = asyncio.Event()  # the gate has said hello
         self.state = "starting"  # of LIFE
@@ -6254,7 +6255,9 @@ class LiveSession:
         self._cancel_timer("deaf")
         refusal = "" if response.get("success") is True else str(response.get("error") or "refused")
         self.turns.answered(item, refusal, response.get("error") == PI_GONE)
-        if slash and not refusal:
+        if refusal:
+            self.taken.set()
+        elif slash:
             asyncio.get_running_loop().call_later(TAKEN_S, self._command_over, item.turn_id)
 
     def _tell_deaf(self) -> None:
@@ -6359,8 +6362,13 @@ class LiveSession:
 
     # stopping
 
-    def stop(self) -> None:
-        """Abort the current turn; the session stays."""
+    async def stop(self) -> None:
+        """Abort the current turn, or the one that was sent just before; the session stays."""
+        if self.state == "ready" and self.turns.line:
+            await asyncio.wait([self.turns.line[-1].done], timeout=DEAF_S)
+        if self.state == "ready" and not self.taken.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.taken.wait(), TAKEN_S)
         self.step("stop")
 
     def _already_idle(self) -> None:
@@ -8728,7 +8736,7 @@ class Api:
             if live and kind == "stop_session":
                 await live.terminate()
             elif live:
-                live.stop()
+                await live.stop()
             if body.get("requestId"):
                 reply(_result_of(body))
         elif kind == "get_state":

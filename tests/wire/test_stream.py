@@ -494,6 +494,22 @@ class TestStop:
         assert (confirmed["source"], confirmed["reason"]) == ("user", "Session already idle")
         assert "state" not in chat.phone.types()
 
+    @pytest.mark.parametrize("turns", [1, 2])
+    def test_a_stop_on_the_heels_of_a_prompt_stops_it(self, both: Rig, turns: int) -> None:
+        chat = both.chat()
+        chat.phone.mark()
+        for number in range(turns):
+            chat.phone.send("prompt", sessionId=chat.sid, message=f"!slow 20\n!text 5{number}0", clientTurnId=f"{number}")
+        chat.phone.send("stop", sessionId=chat.sid)
+        chat.phone.wait("stop_requested")
+        assert "reason" not in chat.phone.wait("stop_confirmed")
+        assert "w400" not in chat.phone.text()
+
+    def test_a_stop_before_any_turn_is_answered_at_once(self, both: Rig) -> None:
+        chat = both.chat()
+        chat.phone.send("stop", sessionId=chat.sid)
+        assert chat.phone.wait("stop_confirmed", 0.9)["reason"] == "Session already idle"
+
     def test_stopping_twice_is_stopping_once(self, both: Rig) -> None:
         chat = both.chat()
         chat.say(BUSY)
