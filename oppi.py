@@ -6382,14 +6382,11 @@ class LiveSession:
         self._cancel_timer("stop")
         self.emit({"type": "stop_confirmed", "source": "user"})
 
-    def _late_after(self, seconds: float) -> None:
+    def _wait_long(self, seconds: float = ABORT_S) -> None:
         self._timers["stop"] = asyncio.get_running_loop().call_later(seconds, self.step, "late")
 
-    def _wait_long(self) -> None:
-        self._late_after(ABORT_S)
-
     def _wait_little(self) -> None:
-        self._late_after(ABORT_AGAIN_S)
+        self._wait_long(ABORT_AGAIN_S)
 
     def _abort(self) -> None:
         """Empty the queue (P87) and abort.  A pending question of the gate ends inside pi, and so here."""
@@ -6523,8 +6520,7 @@ def turn_payload(command: str, body: Json) -> Json:
 
 def pi_turn(command: str, payload: Json, running: bool = True) -> Json:
     """The command pi gets for a turn.  What pi is told to queue when it has just become idle waits there for the next
-    prompt; a prompt that says how to queue it never waits.  But as a prompt `/name` would run an extension's command
-    beside the run."""
+    prompt; a prompt that says how to queue it never waits.  But beside a run `/name` would be an extension's command."""
     if command == "prompt" or (running and payload["message"].startswith("/")):
         return {"type": command, **payload}
     return {"type": "prompt", **payload, "streamingBehavior": "steer" if command == "steer" else "followUp"}
@@ -8838,8 +8834,7 @@ class Api:
 
     async def _after_switch(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
         live.queue_gone()  # or it would be played in the other conversation
-        if live.running:
-            live.idle()
+        live.idle()
         await live.refresh()
         return data, []
 
@@ -8865,13 +8860,9 @@ def entry_of(event_id: str) -> str:
     return re.sub(r"-(text|think|tool)-\d+$", "", event_id)
 
 
-def _request_of(body: Json) -> Json:
-    return {"requestId": body["requestId"]} if body.get("requestId") else {}
-
-
 def _result_of(body: Json, data: Any = None, error: str = "") -> Json:
     """The result of a phone's message."""
-    return result(str(body["type"]), _request_of(body), data, error)
+    return result(str(body["type"]), {name: body[name] for name in ("requestId",) if body.get(name)}, data, error)
 
 
 def _code_of(error: Exception) -> Json:
@@ -8947,7 +8938,7 @@ class Server:
         self.note()
         if self.settings["tls.mode"] != "disabled":
             raise UsageError(
-                "config.tls.mode: only `disabled` is supported so far. Set it with: oppi config set tls.mode disabled"
+                f"config.tls.mode: only `disabled` is supported so far. Set it with: {called()} config set tls.mode disabled"
             )
         self.store.owner_token()
         if not in_child(self.store.check_identity):
@@ -9346,7 +9337,7 @@ def terminal_phone(store: Store, host: str, port: int, **how: Any) -> Iterator[T
 def cmd_chat(store: Store, args: argparse.Namespace) -> int:
     server = running(store.root)
     if not server.get("port"):
-        raise UsageError("The server does not run. Start it with: oppi serve")
+        raise UsageError(f"The server does not run. Start it with: {called()} serve")
     with terminal_phone(store, server["host"], server["port"]) as phone:
         phone.open(args.session or "")
         asyncio.run(phone.run())
@@ -9456,7 +9447,7 @@ def play_demo(store: Store, port: int, project: str, args: argparse.Namespace) -
     for entry in entries:
         print(f"  Audit: {entry.get('tool')} {entry.get('decision')} by {entry.get('resolvedBy')}: {entry.get('displaySummary')}")
     gone = not os.path.exists(os.path.join(project, "draft.txt"))
-    print("  The server ends now, and nothing of it stays. Yours starts with: oppi serve")
+    print(f"  The server ends now, and nothing of it stays. Yours starts with: {called()} serve")
     return 0 if entries and gone == (entries[0].get("decision") == "allow") else 1
 
 
@@ -9486,9 +9477,19 @@ def show(args: argparse.Namespace, facts: Any, lines: Iterable[str] | None = Non
     return code
 
 
+def called() -> str:
+    """What a person types in this folder to call this program."""
+    import shlex
+
+    if os.path.basename(sys.argv[0]) == "oppi":  # a link or an alias of that name
+        return "oppi"
+    path = ARCHIVE or os.path.abspath(__file__)
+    return f"python3 {shlex.quote(min(path, os.path.relpath(path), key=len))}"
+
+
 def need(given: Any, usage: str) -> None:
     if not given:
-        raise UsageError(f"Usage: oppi {usage}")
+        raise UsageError(f"Usage: {called()} {usage}")
 
 
 def clock(ms: Any, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -9546,7 +9547,7 @@ def invite_host(given: str | None, bound: str) -> tuple[str, str]:
     for name in ("localName", "lanIp", "tailscaleName", "tailscaleIp"):
         if names[name]:
             return names[name], "tailnet" if name.startswith("tailscale") else "local network"
-    raise UsageError("No address of this machine was found for the invite. Give one: oppi pair --host NAME")
+    raise UsageError(f"No address of this machine was found for the invite. Give one: {called()} pair --host NAME")
 
 
 def running(root: str) -> Json:
@@ -9651,12 +9652,12 @@ def open_picture(png: bytes, seconds: int) -> None:
 
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     if not shutil.which(opener):
-        raise UsageError(f"{opener} is not installed; write the picture to a file instead: oppi pair --png FILE")
+        raise UsageError(f"{opener} is not installed; write the picture to a file instead: {called()} pair --png FILE")
     with tempfile.TemporaryDirectory(prefix="oppi-") as folder:
         path = os.path.join(folder, "pair.png")
         write_file(path, png)
         if subprocess.run([opener, path], stdin=subprocess.DEVNULL, check=False).returncode:
-            raise UsageError(f"{opener} could not show the picture; write it to a file instead: oppi pair --png FILE")
+            raise UsageError(f"{opener} could not show the picture; write it to a file instead: {called()} pair --png FILE")
         print(f"  Scan the picture within {seconds} seconds, then press Enter", flush=True)
         select.select([sys.stdin], [], [], seconds)
 
@@ -9668,7 +9669,7 @@ def invite_lines(app: str, invite: Json, seconds: int, room: tuple[int, int]) ->
     form = "  \033[30;107m{}\033[0m" if at_terminal(sys.stdout) and "NO_COLOR" not in os.environ else "  {}"
     whole_size = qr_lines(code)
     wish = f"  This window is too small for the code: it needs {len(whole_size[0]) + 2} columns and {len(whole_size) + 3} lines."
-    shown = [form.format(line) for line in lines] or [wish, f"  Or see it as a picture: oppi pair --app {app} --open"]
+    shown = [form.format(line) for line in lines] or [wish, f"  Or see it as a picture: {called()} pair --app {app} --open"]
     return [f"  Oppi app {APPS[app]}: scan within {seconds} seconds, works once", *shown]
 
 
@@ -9706,8 +9707,8 @@ def pair_lines(lives: dict[str, tuple[Json, int]]) -> list[str]:
     blocks = [[*invite_lines(app, invite, s, room), "", f"  {invite_link(invite)}", ""] for app, (invite, s) in lives.items()]
     if not room[1] or sum(map(len, blocks)) + 12 <= room[1] or not room[0]:  # the links fill several lines
         return list(itertools.chain(*blocks))
-    more = ["App 1.0: oppi pair --app 1.0"] if len(lives) > 1 else []
-    return [*blocks[0][:-3], "  " + "   ".join([*more, "As a picture: oppi pair --open"])]
+    more = ["App 1.0: pair --app 1.0"] if len(lives) > 1 else []
+    return [*blocks[0][:-3], "  " + "   ".join([*more, "As a picture: pair --open"])]
 
 
 def cmd_token(store: Store, args: argparse.Namespace) -> int:
@@ -9726,7 +9727,7 @@ def cmd_token(store: Store, args: argparse.Namespace) -> int:
 
     store.change_config(rotate)
     store.change_access(forget)
-    kept = "Devices keep their tokens." if args.keep_devices else "Every device must pair again: oppi pair"
+    kept = "Devices keep their tokens." if args.keep_devices else f"Every device must pair again: {called()} pair"
     return show(args, {"rotated": True, "devicesKept": args.keep_devices}, [f"Owner token rotated. {kept}"])
 
 
@@ -9739,7 +9740,7 @@ def list_devices(store: Store, args: argparse.Namespace) -> int:
     for row in rows:
         used = clock(row["lastUsedAt"]) if whole(row.get("lastUsedAt")) else "-"
         lines.append(f"{row['id']:<20} {used:<17} {KINDS.get(str(row['kind']), ''):<8} {row['name']}")
-    return show(args, {"devices": rows}, lines or ["No devices. Pair a phone with: oppi pair"])
+    return show(args, {"devices": rows}, lines or [f"No devices. Pair a phone with: {called()} pair"])
 
 
 def add_device(store: Store, args: argparse.Namespace) -> int:
@@ -9804,7 +9805,7 @@ def greet(server: Server, host: str, port: int) -> None:
     for problem in pi_problems(server.pi):
         print(f"  Missing: {problem}")
     if devices:
-        print(f"  Devices      {devices} paired; pair another with: oppi pair")
+        print(f"  Devices      {devices} paired; pair another with: {called()} pair")
     print("  Stop with Ctrl+C", flush=True)
     if not devices:
         program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
@@ -9841,7 +9842,7 @@ def cmd_status(store: Store, args: argparse.Namespace) -> int:
         "Local Network",
         f"  Address       {names['localName'] or names['lanIp'] or 'none'}",
         "Pairing",
-        f"  Devices       {devices or 'not paired; run: oppi pair'}",
+        f"  Devices       {devices or f'not paired; run: {called()} pair'}",
         f"  Sessions      {sessions}",
     ]
     return show(args, facts, lines)
@@ -9865,7 +9866,7 @@ def config_set(store: Store, args: argparse.Namespace) -> int:
         for key in KEYS:
             if not key.state:
                 print(f"  {key.path:<42} {dumps(settings[key.path]):<12} {key.help}")
-        raise UsageError("Usage: oppi config set KEY VALUE")
+        raise UsageError(f"Usage: {called()} config set KEY VALUE")
     path, value = args.key, parse_setting(args.key, args.value)
     changes = {f"{path}.{name}": inner for name, inner in value.items()} if path in SECTIONS else {path: value}
     store.settings()
@@ -9897,7 +9898,7 @@ def cmd_env(store: Store, args: argparse.Namespace) -> int:
     if args.action == "init":
         return env_init(store, args)
     if args.action != "show":
-        print("Usage: oppi env init|show")
+        print(f"Usage: {called()} env init|show")
         return 0
     path = env_file(store.root)
     values, there = read_env_file(path), os.path.exists(path)
@@ -9954,7 +9955,7 @@ def cmd_init(store: Store, args: argparse.Namespace) -> int:
     store.change_config(lambda raw: raw.update(values))
     store.owner_token()
     _, print_ = store.identity(create=True)
-    lines = [f"✓ {path}", f"✓ identity {print_}", "Next: oppi serve, then oppi pair, and scan the code with the Oppi app"]
+    lines = [f"✓ {path}", f"✓ identity {print_}", f"Next: {called()} serve", f"Then: {called()} pair, and scan the code"]
     return show(args, {"dataDir": store.root, "fingerprint": print_, **values}, lines)
 
 
@@ -9971,7 +9972,7 @@ def policy_edit(store: Store, args: argparse.Namespace) -> int:
     for key in args.words or [""]:
         rule = next((rule for rule in store.rules.now() if rule.get("id") == key), None)
         if rule is None:
-            raise UsageError(f"No stored rule has the id {key!r}; list them with: oppi policy rules")
+            raise UsageError(f"No stored rule has the id {key!r}; list them with: {called()} policy rules")
         if args.action == "edit":
             need(patch, "policy edit ID [--decision D] [--label L] [--pattern P] [--executable E]")
         store.rules.change(key, patched_rule(rule, patch) if args.action == "edit" else None)
@@ -10109,7 +10110,7 @@ def push_test(store: Store, args: argparse.Namespace) -> int:
     notifier.tries = 1
     routes = {name: how for name, how in notifier.routes().items() if args.route in (None, name)}
     if not routes:
-        advice = "oppi config set push.webhook URL; for Apple's service see docs/operations.md"
+        advice = f"{called()} config set push.webhook URL; for Apple's service see docs/operations.md"
         raise UsageError(f"No such way of notifying is set up. Set one up with: {advice}")
 
     async def work() -> dict[str, tuple[int, str]]:
@@ -10134,7 +10135,7 @@ def show_skill(store: Store, args: argparse.Namespace) -> int:
     try:
         detail = store.skills.detail(args.name)
     except NotFound:
-        raise UsageError(f"There is no skill {args.name!r}; list them with: oppi skills list") from None
+        raise UsageError(f"There is no skill {args.name!r}; list them with: {called()} skills list") from None
     skill = detail["skill"]
     head = [f"{skill['name']}  {visible(skill['path'])}", f"in containers: {'yes' if skill['containerSafe'] else 'no'}", ""]
     return show(args, detail, [*head, *map(visible, detail["files"]), "", *map(visible, detail["content"].split("\n"))])
