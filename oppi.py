@@ -174,6 +174,7 @@ class UsageError(OppiError):
 
 
 ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # session and workspace ids are 8 long, others 12; old ones vary
+ID_LIMIT = 256  # characters of an id that a client makes up; other phones are told of it
 INVISIBLE = (
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f"
     "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -3123,9 +3124,10 @@ class Translator:
             return [STATE]
         blocks = [] if self.thought else arr(content)
         thoughts = [b.get("thinking") for b in map(obj, blocks) if b.get("type") == "thinking"]
-        found: list[Json] = [{"type": "thinking_delta", "delta": text} for text in thoughts if isinstance(text, str) and text]
+        thought = "".join(text for text in thoughts if isinstance(text, str))
+        found: list[Json] = [{"type": "thinking_delta", "delta": piece} for piece in pieces(thought)]
         if message.get("stopReason") == "error":
-            text = str(message.get("errorMessage") or "The model request failed")
+            text = fitting(str(message.get("errorMessage") or "The model request failed"))
             self.failure = TOO_LARGE_TEXT if "request_too_large" in text else text
         return [*found, {"type": "message_end", "role": "assistant", "content": fitting(block_text(content))}, STATE]
 
@@ -3178,23 +3180,23 @@ class Translator:
         result = obj(event.get("result"))
         end = {"type": "compaction_end", "aborted": bool(event.get("aborted")), "willRetry": bool(event.get("willRetry"))}
         summary, before = result.get("summary"), result.get("tokensBefore")
-        end.update({"summary": summary} if isinstance(summary, str) else {})
+        end.update({"summary": fitting(summary)} if isinstance(summary, str) else {})
         end.update({"tokensBefore": before} if _is_int(before) else {})
         failure = event.get("errorMessage") if event.get("reason") != "manual" else None  # the command's result says it
         self.failure = "" if event.get("willRetry") else self.failure
-        return [end, {"type": "error", "error": failure}] if isinstance(failure, str) and failure else [end]
+        return [end, {"type": "error", "error": fitting(failure)}] if isinstance(failure, str) and failure else [end]
 
     _on_auto_compaction_start, _on_auto_compaction_end = _on_compaction_start, _on_compaction_end
 
     def _on_auto_retry_start(self, event: Json) -> list[Json]:
         self.failure = ""
         numbers = {name: whole(event.get(name)) for name in ("attempt", "maxAttempts", "delayMs")}
-        return [{"type": "retry_start", **numbers, "errorMessage": str(event.get("errorMessage") or "retry requested")}]
+        return [{"type": "retry_start", **numbers, "errorMessage": fitting(str(event.get("errorMessage") or "retry requested"))}]
 
     def _on_auto_retry_end(self, event: Json) -> list[Json]:
         end: Json = {"type": "retry_end", "success": event.get("success") is True, "attempt": whole(event.get("attempt"))}
         final = event.get("finalError")
-        return [{**end, "finalError": final} if isinstance(final, str) else end]
+        return [{**end, "finalError": fitting(final)} if isinstance(final, str) else end]
 
     def _on_extension_ui_request(self, event: Json) -> list[Json]:
         return [dialog_message(event)]
@@ -3252,12 +3254,13 @@ SESSION_TYPES = {
 STATS_TYPES = {"int": "mutatingToolCalls filesChanged addedLines removedLines", "texts": "changedFiles"}
 STATUSES = ("starting", "ready", "busy", "stopping", "stopped", "error")
 CHANGED_FILES = 100  # app 1.1 shows so many; the rest is a number
+NAME_LIMIT = 4096  # characters of a name or path in a session; no system knows longer paths
 NO_TOKENS = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
 
 
 def session_wire(record: Json) -> Json:
     """A session as the apps decode it: every required field there and of its type, own fields left out."""
-    wire = typed(record, SESSION_TYPES)
+    wire = {k: v[:NAME_LIMIT] if isinstance(v, str) else v for k, v in typed(record, SESSION_TYPES).items()}
     tokens, cost, stats = obj(record.get("tokens")), record.get("cost"), obj(record.get("changeStats"))
     wire["tokens"] = {name: whole(tokens.get(name)) for name in NO_TOKENS}
     wire["status"] = record["status"] if record.get("status") in STATUSES else "stopped"
@@ -3309,7 +3312,7 @@ def count_change(record: Json, event: Json, cwd: str) -> None:
     """Change statistics of an `edit` or `write` call, paths relative to the workspace where they lie in it."""
     tool, args = str(event.get("toolName")), obj(event.get("args"))
     path = args.get("path") or args.get("file_path")
-    if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not path.strip():
+    if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not 0 < len(path.strip()) <= NAME_LIMIT:
         return
     path = path.strip()
     path = path[len(cwd) + 1 :] if inside(path, cwd) and path != cwd else path
@@ -3661,7 +3664,7 @@ def _side(side: str, hunk: Sequence[Json]) -> Json:
 
 RING = 500  # durable messages kept per session
 OUTBOX_LIMIT = 8 * 1024 * 1024  # bytes waiting for one phone
-MERGE_LIMIT = 128 * 1024  # characters of a merged delta
+MERGE_LIMIT = 64 * 1024  # characters of a merged delta; another CHUNK may be added to it
 TURNS, TURN_TTL_MS = 256, 15 * 60_000
 SEQ_STEP = 1000  # seq numbers reserved on disk at a time; a crash skips at most these
 
@@ -5548,8 +5551,8 @@ class Turns:
         """Put a turn in the line, or answer a repeated one.  Raises OppiError for the failed result."""
         payload = turn_payload(command, body)
         turn_id, request = body.get("clientTurnId") or "", {k: body[k] for k in ("requestId",) if isinstance(body.get(k), str)}
-        if not isinstance(turn_id, str):
-            raise BadRequest("clientTurnId must be a string")
+        if not isinstance(turn_id, str) or len(turn_id) > ID_LIMIT:
+            raise BadRequest(f"clientTurnId must be a string of at most {ID_LIMIT} characters")
         content = token_hash(f"{command}:{dumps(payload)}")
         known = self.book.known(turn_id, command, content, now_ms())
         if known:
@@ -5591,6 +5594,8 @@ class Turns:
                 kept = next((entry for entry in wanted if entry[0] == turn.text), None)
                 if kept:
                     wanted.remove(kept)
+                    images = obj(turn.payload).get("images")  # phones are not told of them
+                    kept[2].update({"images": images} if images and "images" not in kept[2] else {})
                 else:
                     self.book.release([key])
         for text, command, item in wanted:
@@ -5719,6 +5724,7 @@ class LiveSession:
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait, stop)
         self.free.set()
         self.taken = asyncio.Event()  # pi has begun or queued the last prompt; another one before that would be lost
+        self.taken.set()
         self.handed = ""  # id of that prompt
         self.gated = asyncio.Event()  # the gate has said hello
         self.state = "starting"  # of LIFE
@@ -5913,9 +5919,10 @@ class LiveSession:
         if self._delta:
             text, self._delta = "".join(self._delta), []
             self._flushed = self.spoke = time.monotonic()
-            message = {"type": self._delta_kind + "_delta", "delta": text, "sessionId": self.id}
-            self.said.append(message)
-            self.sessions.hub.publish(message)
+            for piece in pieces(text):
+                message = {"type": self._delta_kind + "_delta", "delta": piece, "sessionId": self.id}
+                self.said.append(message)
+                self.sessions.hub.publish(message)
 
     def unwritten(self, principal: str, events: Sequence[bytes]) -> list[bytes]:
         """Trace events of calls that ended before a device connected, but whose results pi has not written down yet."""
@@ -6171,6 +6178,9 @@ class LiveSession:
 
     def _on_extension_dialog(self, event: Json) -> None:
         message = dialog_message(event)
+        if len(encode(message)) > PHONE_LIMIT:
+            self.pi.send({"type": "extension_ui_response", "id": event.get("id"), "cancelled": True})
+            message = {"type": "error", "error": f"An extension's {message['method']} is too large for a phone"}
         if message["type"] == "extension_ui_request":
             message["sessionId"] = self.id
             self.dialogs[message["id"]] = message
@@ -6205,7 +6215,7 @@ class LiveSession:
 
     # turns
 
-    def check_turn(self, command: str) -> None:
+    def check_turn(self, command: str, text: str) -> None:
         """Raises the OppiError with which this turn is refused now."""
         if self.state in LEAVING:
             raise NotFound(f"Session not active: {self.id}")
@@ -6213,6 +6223,8 @@ class LiveSession:
             raise PiFailed("Permission gate not connected (state: unguarded). No prompt is sent to pi.")
         if command != "prompt" and not self.running:
             raise Conflict(NOT_STREAMING[command])
+        if self.running:
+            check_queue([*self._queued(), text])
 
     async def _feed(self) -> None:
         """Hand the accepted turns to pi in their order, each when pi would not lose it."""
@@ -6233,7 +6245,8 @@ class LiveSession:
                 self.taken.clear()
                 self.handed = item.turn_id
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
-                self.pi.call(pi_turn(turn.command, turn.payload), functools.partial(self._answered, item, slash))
+                command = pi_turn(turn.command, turn.payload, self.running)
+                self.pi.call(command, functools.partial(self._answered, item, slash))
                 if not slash:
                     self._timers["deaf"] = asyncio.get_running_loop().call_later(DEAF_S, self._tell_deaf)
                 if not slash and not await asyncio.shield(item.done):
@@ -6245,7 +6258,9 @@ class LiveSession:
         self._cancel_timer("deaf")
         refusal = "" if response.get("success") is True else str(response.get("error") or "refused")
         self.turns.answered(item, refusal, response.get("error") == PI_GONE)
-        if slash and not refusal:
+        if refusal:
+            self.taken.set()
+        elif slash:
             asyncio.get_running_loop().call_later(TAKEN_S, self._command_over, item.turn_id)
 
     def _tell_deaf(self) -> None:
@@ -6278,6 +6293,7 @@ class LiveSession:
         """Replace the queued messages (P87).  Raises Conflict for an old version, BadRequest for bad items."""
         require(self.modern, "This version of pi cannot change its queue")
         drafts = [(kind, queue_drafts(body, name)) for name, kind in (("steering", "steer"), ("followUp", "follow_up"))]
+        check_queue([item["message"] for _, items in drafts for item in items])
         async with self.lane:
             if body.get("baseVersion") != self.queue["version"]:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
@@ -6348,8 +6364,13 @@ class LiveSession:
 
     # stopping
 
-    def stop(self) -> None:
-        """Abort the current turn; the session stays."""
+    async def stop(self) -> None:
+        """Abort the current turn, or the one that was sent just before; the session stays."""
+        if self.state == "ready" and self.turns.line:
+            await asyncio.wait([self.turns.line[-1].done], timeout=DEAF_S)
+        if self.state == "ready" and not self.taken.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.taken.wait(), TAKEN_S)
         self.step("stop")
 
     def _already_idle(self) -> None:
@@ -6363,14 +6384,11 @@ class LiveSession:
         self._cancel_timer("stop")
         self.emit({"type": "stop_confirmed", "source": "user"})
 
-    def _late_after(self, seconds: float) -> None:
+    def _wait_long(self, seconds: float = ABORT_S) -> None:
         self._timers["stop"] = asyncio.get_running_loop().call_later(seconds, self.step, "late")
 
-    def _wait_long(self) -> None:
-        self._late_after(ABORT_S)
-
     def _wait_little(self) -> None:
-        self._late_after(ABORT_AGAIN_S)
+        self._wait_long(ABORT_AGAIN_S)
 
     def _abort(self) -> None:
         """Empty the queue (P87) and abort.  A pending question of the gate ends inside pi, and so here."""
@@ -6499,12 +6517,18 @@ def turn_payload(command: str, body: Json) -> Json:
     return payload
 
 
-def pi_turn(command: str, payload: Json) -> Json:
+def pi_turn(command: str, payload: Json, running: bool = True) -> Json:
     """The command pi gets for a turn.  What pi is told to queue when it has just become idle waits there for the next
-    prompt; a prompt that says how to queue it never waits.  But as a prompt `/name` would run an extension's command."""
-    if command == "prompt" or payload["message"].startswith("/"):
+    prompt; a prompt that says how to queue it never waits.  But beside a run `/name` would be an extension's command."""
+    if command == "prompt" or (running and payload["message"].startswith("/")):
         return {"type": command, **payload}
     return {"type": "prompt", **payload, "streamingBehavior": "steer" if command == "steer" else "followUp"}
+
+
+def check_queue(texts: Sequence[str]) -> None:
+    """Raises TooLarge for more than phones can be told of the queue."""
+    if len(encode(texts)) > PHONE_LIMIT - CHUNK:
+        raise TooLarge("This is too long to wait in the queue. Send it when the turn is over.")
 
 
 def queue_drafts(body: Json, name: str) -> list[Json]:
@@ -6654,7 +6678,7 @@ class Sessions:
 
         def check() -> None:
             if live:
-                live.check_turn(command)
+                live.check_turn(command, body["message"])
             elif command != "prompt":
                 raise Conflict(NOT_STREAMING[command])
 
@@ -6949,8 +6973,8 @@ class Sessions:
         limit = self.settings()["sessionIdleTimeoutMs"] / 1000
         for live in list(self.active.values()):
             live.breathe()
-            waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or not live.free.is_set()
-            if live.state == "ready" and not waiting and time.monotonic() - live.used > limit:
+            waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or live.pi.calls
+            if live.state == "ready" and live.free.is_set() and not waiting and time.monotonic() - live.used > limit:
                 log("session", f"{live.id}: idle for {limit:.0f} s, stopping")
                 asyncio.ensure_future(live.terminate("server"))
 
@@ -8575,7 +8599,7 @@ class Api:
             raise BadRequest("Invalid JSON payload") from None
         require(isinstance(body, dict), "Message payload must be a JSON object")
         require(_is_text(body.get("type")), "Message type is required")
-        if not isinstance(body.get("requestId", ""), str):
+        if not isinstance(body.get("requestId", ""), str) or len(body.get("requestId", "")) > ID_LIMIT:
             del body["requestId"]
         return cast("Json", body)
 
@@ -8679,7 +8703,7 @@ class Api:
             if live and kind == "stop_session":
                 await live.terminate()
             elif live:
-                live.stop()
+                await live.stop()
             if body.get("requestId"):
                 reply(_result_of(body))
         elif kind == "get_state":
@@ -8713,7 +8737,7 @@ class Api:
                 raise PiFailed(f"The answer to {kind} is too large for a phone")
             frames = [STATE, answer] if row.after == "_after_switch" else [answer, *states]
         except OppiError as error:
-            text = "Already compacted" if re.search("already compacted", str(error), re.I) else str(error)
+            text = "Already compacted" if re.search("already compacted", str(error), re.I) else fitting(str(error))
             frames = [_result_of(body, error=text)]
         for frame in frames:
             live.emit(frame)
@@ -8781,8 +8805,7 @@ class Api:
 
     async def _after_switch(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
         live.queue_gone()  # or it would be played in the other conversation
-        if live.running:
-            live.idle()
+        live.idle()
         await live.refresh()
         return data, []
 
@@ -8808,13 +8831,9 @@ def entry_of(event_id: str) -> str:
     return re.sub(r"-(text|think|tool)-\d+$", "", event_id)
 
 
-def _request_of(body: Json) -> Json:
-    return {"requestId": body["requestId"]} if body.get("requestId") else {}
-
-
 def _result_of(body: Json, data: Any = None, error: str = "") -> Json:
     """The result of a phone's message."""
-    return result(str(body["type"]), _request_of(body), data, error)
+    return result(str(body["type"]), {name: body[name] for name in ("requestId",) if body.get(name)}, data, error)
 
 
 def _code_of(error: Exception) -> Json:
@@ -8890,7 +8909,7 @@ class Server:
         self.note()
         if self.settings["tls.mode"] != "disabled":
             raise UsageError(
-                "config.tls.mode: only `disabled` is supported so far. Set it with: oppi config set tls.mode disabled"
+                f"config.tls.mode: only `disabled` is supported so far. Set it with: {called()} config set tls.mode disabled"
             )
         self.store.owner_token()
         if not in_child(self.store.check_identity):
@@ -9284,7 +9303,7 @@ def terminal_phone(store: Store, host: str, port: int, **how: Any) -> Iterator[T
 def cmd_chat(store: Store, args: argparse.Namespace) -> int:
     server = running(store.root)
     if not server.get("port"):
-        raise UsageError("The server does not run. Start it with: oppi serve")
+        raise UsageError(f"The server does not run. Start it with: {called()} serve")
     with terminal_phone(store, server["host"], server["port"]) as phone:
         phone.open(args.session or "")
         asyncio.run(phone.run())
@@ -9389,7 +9408,7 @@ def play_demo(store: Store, port: int, project: str, args: argparse.Namespace) -
     for entry in entries:
         print(f"  Audit: {entry.get('tool')} {entry.get('decision')} by {entry.get('resolvedBy')}: {entry.get('displaySummary')}")
     gone = not os.path.exists(os.path.join(project, "draft.txt"))
-    print("  The server ends now, and nothing of it stays. Yours starts with: oppi serve")
+    print(f"  The server ends now, and nothing of it stays. Yours starts with: {called()} serve")
     return 0 if entries and gone == (entries[0].get("decision") == "allow") else 1
 
 
@@ -9419,9 +9438,19 @@ def show(args: argparse.Namespace, facts: Any, lines: Iterable[str] | None = Non
     return code
 
 
+def called() -> str:
+    """What a person types in this folder to call this program."""
+    import shlex
+
+    if os.path.basename(sys.argv[0]) == "oppi":  # a link or an alias of that name
+        return "oppi"
+    path = ARCHIVE or os.path.abspath(__file__)
+    return f"python3 {shlex.quote(min(path, os.path.relpath(path), key=len))}"
+
+
 def need(given: Any, usage: str) -> None:
     if not given:
-        raise UsageError(f"Usage: oppi {usage}")
+        raise UsageError(f"Usage: {called()} {usage}")
 
 
 def clock(ms: Any, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -9477,7 +9506,7 @@ def invite_host(given: str | None, bound: str) -> tuple[str, str]:
     for name in ("localName", "lanIp", "tailscaleName", "tailscaleIp"):
         if names[name]:
             return names[name], "tailnet" if name.startswith("tailscale") else "local network"
-    raise UsageError("No address of this machine was found for the invite. Give one: oppi pair --host NAME")
+    raise UsageError(f"No address of this machine was found for the invite. Give one: {called()} pair --host NAME")
 
 
 def running(root: str) -> Json:
@@ -9581,12 +9610,12 @@ def open_picture(png: bytes, seconds: int) -> None:
 
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     if not shutil.which(opener):
-        raise UsageError(f"{opener} is not installed; write the picture to a file instead: oppi pair --png FILE")
+        raise UsageError(f"{opener} is not installed; write the picture to a file instead: {called()} pair --png FILE")
     with tempfile.TemporaryDirectory(prefix="oppi-") as folder:
         path = os.path.join(folder, "pair.png")
         write_file(path, png)
         if subprocess.run([opener, path], stdin=subprocess.DEVNULL, check=False).returncode:
-            raise UsageError(f"{opener} could not show the picture; write it to a file instead: oppi pair --png FILE")
+            raise UsageError(f"{opener} could not show the picture; write it to a file instead: {called()} pair --png FILE")
         print(f"  Scan the picture within {seconds} seconds, then press Enter", flush=True)
         select.select([sys.stdin], [], [], seconds)
 
@@ -9598,7 +9627,7 @@ def invite_lines(app: str, invite: Json, seconds: int, room: tuple[int, int]) ->
     form = "  \033[30;107m{}\033[0m" if at_terminal(sys.stdout) and "NO_COLOR" not in os.environ else "  {}"
     whole_size = qr_lines(code)
     wish = f"  This window is too small for the code: it needs {len(whole_size[0]) + 2} columns and {len(whole_size) + 3} lines."
-    shown = [form.format(line) for line in lines] or [wish, f"  Or see it as a picture: oppi pair --app {app} --open"]
+    shown = [form.format(line) for line in lines] or [wish, f"  Or see it as a picture: {called()} pair --app {app} --open"]
     return [f"  Oppi app {APPS[app]}: scan within {seconds} seconds, works once", *shown]
 
 
@@ -9636,8 +9665,8 @@ def pair_lines(lives: dict[str, tuple[Json, int]]) -> list[str]:
     blocks = [[*invite_lines(app, invite, s, room), "", f"  {invite_link(invite)}", ""] for app, (invite, s) in lives.items()]
     if not room[1] or sum(map(len, blocks)) + 12 <= room[1] or not room[0]:  # the links fill several lines
         return list(itertools.chain(*blocks))
-    more = ["App 1.0: oppi pair --app 1.0"] if len(lives) > 1 else []
-    return [*blocks[0][:-3], "  " + "   ".join([*more, "As a picture: oppi pair --open"])]
+    more = ["App 1.0: pair --app 1.0"] if len(lives) > 1 else []
+    return [*blocks[0][:-3], "  " + "   ".join([*more, "As a picture: pair --open"])]
 
 
 def cmd_token(store: Store, args: argparse.Namespace) -> int:
@@ -9656,7 +9685,7 @@ def cmd_token(store: Store, args: argparse.Namespace) -> int:
 
     store.change_config(rotate)
     store.change_access(forget)
-    kept = "Devices keep their tokens." if args.keep_devices else "Every device must pair again: oppi pair"
+    kept = "Devices keep their tokens." if args.keep_devices else f"Every device must pair again: {called()} pair"
     return show(args, {"rotated": True, "devicesKept": args.keep_devices}, [f"Owner token rotated. {kept}"])
 
 
@@ -9669,7 +9698,7 @@ def list_devices(store: Store, args: argparse.Namespace) -> int:
     for row in rows:
         used = clock(row["lastUsedAt"]) if whole(row.get("lastUsedAt")) else "-"
         lines.append(f"{row['id']:<20} {used:<17} {KINDS.get(str(row['kind']), ''):<8} {row['name']}")
-    return show(args, {"devices": rows}, lines or ["No devices. Pair a phone with: oppi pair"])
+    return show(args, {"devices": rows}, lines or [f"No devices. Pair a phone with: {called()} pair"])
 
 
 def add_device(store: Store, args: argparse.Namespace) -> int:
@@ -9734,7 +9763,7 @@ def greet(server: Server, host: str, port: int) -> None:
     for problem in pi_problems(server.pi):
         print(f"  Missing: {problem}")
     if devices:
-        print(f"  Devices      {devices} paired; pair another with: oppi pair")
+        print(f"  Devices      {devices} paired; pair another with: {called()} pair")
     print("  Stop with Ctrl+C", flush=True)
     if not devices:
         program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
@@ -9771,7 +9800,7 @@ def cmd_status(store: Store, args: argparse.Namespace) -> int:
         "Local Network",
         f"  Address       {names['localName'] or names['lanIp'] or 'none'}",
         "Pairing",
-        f"  Devices       {devices or 'not paired; run: oppi pair'}",
+        f"  Devices       {devices or f'not paired; run: {called()} pair'}",
         f"  Sessions      {sessions}",
     ]
     return show(args, facts, lines)
@@ -9795,7 +9824,7 @@ def config_set(store: Store, args: argparse.Namespace) -> int:
         for key in KEYS:
             if not key.state:
                 print(f"  {key.path:<42} {dumps(settings[key.path]):<12} {key.help}")
-        raise UsageError("Usage: oppi config set KEY VALUE")
+        raise UsageError(f"Usage: {called()} config set KEY VALUE")
     path, value = args.key, parse_setting(args.key, args.value)
     changes = {f"{path}.{name}": inner for name, inner in value.items()} if path in SECTIONS else {path: value}
     store.settings()
@@ -9827,7 +9856,7 @@ def cmd_env(store: Store, args: argparse.Namespace) -> int:
     if args.action == "init":
         return env_init(store, args)
     if args.action != "show":
-        print("Usage: oppi env init|show")
+        print(f"Usage: {called()} env init|show")
         return 0
     path = env_file(store.root)
     values, there = read_env_file(path), os.path.exists(path)
@@ -9884,7 +9913,7 @@ def cmd_init(store: Store, args: argparse.Namespace) -> int:
     store.change_config(lambda raw: raw.update(values))
     store.owner_token()
     _, print_ = store.identity(create=True)
-    lines = [f"✓ {path}", f"✓ identity {print_}", "Next: oppi serve, then oppi pair, and scan the code with the Oppi app"]
+    lines = [f"✓ {path}", f"✓ identity {print_}", f"Next: {called()} serve", f"Then: {called()} pair, and scan the code"]
     return show(args, {"dataDir": store.root, "fingerprint": print_, **values}, lines)
 
 
@@ -9901,7 +9930,7 @@ def policy_edit(store: Store, args: argparse.Namespace) -> int:
     for key in args.words or [""]:
         rule = next((rule for rule in store.rules.now() if rule.get("id") == key), None)
         if rule is None:
-            raise UsageError(f"No stored rule has the id {key!r}; list them with: oppi policy rules")
+            raise UsageError(f"No stored rule has the id {key!r}; list them with: {called()} policy rules")
         if args.action == "edit":
             need(patch, "policy edit ID [--decision D] [--label L] [--pattern P] [--executable E]")
         store.rules.change(key, patched_rule(rule, patch) if args.action == "edit" else None)
@@ -10039,7 +10068,7 @@ def push_test(store: Store, args: argparse.Namespace) -> int:
     notifier.tries = 1
     routes = {name: how for name, how in notifier.routes().items() if args.route in (None, name)}
     if not routes:
-        advice = "oppi config set push.webhook URL; for Apple's service see docs/operations.md"
+        advice = f"{called()} config set push.webhook URL; for Apple's service see docs/operations.md"
         raise UsageError(f"No such way of notifying is set up. Set one up with: {advice}")
 
     async def work() -> dict[str, tuple[int, str]]:
@@ -10064,7 +10093,7 @@ def show_skill(store: Store, args: argparse.Namespace) -> int:
     try:
         detail = store.skills.detail(args.name)
     except NotFound:
-        raise UsageError(f"There is no skill {args.name!r}; list them with: oppi skills list") from None
+        raise UsageError(f"There is no skill {args.name!r}; list them with: {called()} skills list") from None
     skill = detail["skill"]
     head = [f"{skill['name']}  {visible(skill['path'])}", f"in containers: {'yes' if skill['containerSafe'] else 'no'}", ""]
     return show(args, detail, [*head, *map(visible, detail["files"]), "", *map(visible, detail["content"].split("\n"))])

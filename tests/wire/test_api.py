@@ -15,7 +15,7 @@ import pytest
 from tests.support.phone import Phone
 from tests.support.server import Server
 
-from .rig import Rig, eventually, rig_with
+from .rig import Rig, eventually, new_phone, rig_with
 
 NOT_FOUND = (404, {"error": "Not found"})
 WS404 = (404, {"error": "Workspace not found"})
@@ -361,6 +361,27 @@ class TestTrace:
         chat.phone.wait("tool_start")
         trace = rig.phone().session_detail(chat.wid, chat.sid)["trace"]
         assert "user" in [event["type"] for event in trace]
+
+
+    def test_a_call_that_has_ended_is_told_to_whoever_comes_before_the_others_have(self, both: Rig) -> None:
+        """pi writes the results of parallel calls down when the last has ended."""
+        chat = both.chat()
+        calls = ['!tool read {"path":"a"}', '!tool read {"path":"b"}']
+        chat.say("\n".join(["!toolwait 1500", *calls, "!say done"]))
+        chat.phone.wait("tool_end")
+
+        def results(phone: Phone) -> list[str]:
+            return [e["output"] for e in phone.session_detail(chat.wid, chat.sid)["trace"] if e["type"] == "toolResult"]
+
+        assert results(chat.phone) == [], "it has got this one live"
+        late = new_phone(both.server)
+        late.open()
+        late.subscribe(chat.sid)
+        assert results(late) == ["did: read a\n"]
+        chat.settled()
+        assert results(late) == results(chat.phone) == ["did: read a\n", "did: read b\n"]
+        assert [f["output"] for f in late.frames if f["type"] == "tool_output"] == ["did: read b\n"]
+        late.close()
 
 
 class TestTransfer:

@@ -572,7 +572,7 @@ class TestNewer:
         tls = {"mode": mode, **({"certPath": "/x", "keyPath": "/y"} if mode == "manual" else {})}
         with Server(start=False, config={**CONFIG_11, "tls": tls}) as server:
             line = refused_start(server)
-            assert "tls.mode" in line and "oppi config set tls.mode disabled" in line
+            assert "tls.mode" in line and " config set tls.mode disabled" in line
             assert server.cli("config", "set", "tls.mode", "disabled").returncode == 0
             assert stored(server, "config.json")["tls"] == {**tls, "mode": "disabled"}
             server.start()
