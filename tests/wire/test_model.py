@@ -449,13 +449,15 @@ class Model(RuleBasedStateMachine):
         return in_time
 
     def answer_dialog(self, app: App, dialog: Frame, **answer: Any) -> bool:
-        """Answer a dialog of the chat the app shows; whether the answer was the first."""
+        """Answer a dialog of the chat the app shows; whether the answer was the first, and came before pi ended."""
         self.note(app.name, "answers", dialog["id"], dialog.get("title"), answer)
-        before = self.refused_answers.count(dialog["id"])
+        before = len(app.phone.frames)
+        refusals = (f"UI request not found: {dialog['id']}", f"Session not active: {app.current}")
         app.phone.answer_dialog(dialog["id"], app.current, **answer)
         app.sync()
         app.dialogs.pop(dialog["id"], None)
-        in_time = self.refused_answers.count(dialog["id"]) == before
+        told = [frame for frame in app.phone.frames[before:] if frame["type"] == "error"]
+        in_time = not any(frame["error"] in refusals for frame in told)
         key = self.asked_once(dialog)
         need(not in_time or key not in self.answered_dialogs, f"two answers to {dialog} were accepted")
         self.answered_dialogs.add(key)
