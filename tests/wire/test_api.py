@@ -426,10 +426,12 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Pa
     calls = folder / "calls"
     with rig_with(folder, start=False) as rig:
         lines = rig.server.pi.read_text().splitlines()
-        slow = f'echo "$*" >> {calls}; case "$*" in *--list-models*) sleep 1;; esac'
+        wait = f"while [ ! -e {folder}/go ]; do sleep 0.05; done"
+        slow = f'echo "$*" >> {calls}; case "$*" in *--list-models*) {wait};; esac'
         rig.server.pi.write_text("\n".join([lines[0], slow, *lines[1:]]) + "\n")
         rig.server.start()
         yield rig, calls
+        (folder / "go").touch()
 
 
 class TestModels:
@@ -437,6 +439,7 @@ class TestModels:
         rig, calls = counting
         phone = rig.phone()
         eventually(lambda: calls.exists() and "--list-models" in calls.read_text())
-        assert phone.raw("GET", "/workspaces", timeout=0.9).status == 200
+        assert phone.raw("GET", "/workspaces").status == 200
+        (calls.parent / "go").touch()
         assert [m["id"] for m in phone.models()] == [m["id"] for m in phone.models()] != []
         assert calls.read_text().count("--list-models") == 1
