@@ -173,7 +173,7 @@ class TestWhoMayIn:
         phone = own.stream()
         done = own.server.cli("token", "rotate")
         assert done.returncode == 0 and OWNER not in done.stdout
-        phone.wait_closed(3)
+        phone.wait_closed(10)
         assert phone.raw("GET", "/me").status == 401
         config = stored(own.server, "config.json")
         assert config.pop("token") != OWNER
@@ -526,7 +526,7 @@ class TestNewer:
         rows = json.loads(newer.server.cli("devices", "--json").stdout)["devices"]
         assert [row["kind"] for row in rows] == ["moved", "moved"] and not [t for t in DEVICES if t in json.dumps(rows)]
         assert newer.server.cli("devices", "revoke", rows[0]["id"]).returncode == 0
-        lost.wait_closed(3)
+        lost.wait_closed(10)
         assert lost.raw("GET", "/me").status == 401 and kept.me()
         config = stored(newer.server, "config.json")
         assert config.pop("authDeviceTokens") == DEVICES[1:] and config.pop("token") == CONFIG_11["token"]
