@@ -494,7 +494,7 @@ def parse_setting(path: str, text: str) -> Any:
     if key is None or key.state:
         raise UsageError(f"Unknown key: {path}. Available: {', '.join(k.path for k in KEYS if not k.state)}")
     value: Any = text
-    if key.kind not in ("text", "string", "choice"):
+    if key.kind not in ("text", "string", "choice", "url"):
         try:
             value = parse_json(text)
         except ValueError:
