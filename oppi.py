@@ -10021,8 +10021,8 @@ class Checkup:
         yield broken, "fail", f"{file} cannot be read; every phone must pair again", "oppi pair"
         access = self.store.read_access()
         count, owner = len(access.devices) + len(access.moved), "an" if access.owner else "no"
-        yield not count, "warn", f"no device is paired; {owner} owner token", "oppi pair"
-        yield True, "ok", f"{count} devices, {owner} owner token", ""
+        yield not count, "warn", f"nothing is paired; {owner} owner token", "oppi pair"
+        yield True, "ok", f"{count} paired; {owner} owner token", ""
 
 
 EXAMINED = {
