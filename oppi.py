@@ -510,7 +510,7 @@ def parse_setting(path: str, text: str) -> Any:
     if key is None or key.state:
         raise UsageError(f"Unknown key: {path}. Available: {', '.join(k.path for k in KEYS if not k.state)}")
     value: Any = text
-    if key.kind not in ("text", "string", "choice"):
+    if key.kind not in ("text", "string", "choice", "url"):
         try:
             value = parse_json(text)
         except ValueError:
@@ -4001,13 +4001,14 @@ class _Lazy:
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import shlex
     import shutil
     import signal
     import socket
     import subprocess
 else:
-    argparse, asyncio, shutil, signal, socket, subprocess = map(
-        _Lazy, ("argparse", "asyncio", "shutil", "signal", "socket", "subprocess")
+    argparse, asyncio, shlex, shutil, signal, socket, subprocess = map(
+        _Lazy, ("argparse", "asyncio", "shlex", "shutil", "signal", "socket", "subprocess")
     )
 
 
@@ -4971,19 +4972,20 @@ async def run_program(
     given = subprocess.DEVNULL if data is None else subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(
-            *argv, env=env, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            *argv, env=env, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
     except OSError as error:
         return -1, "", str(error)
     try:
         out, err = await asyncio.wait_for(process.communicate(data), timeout)
-    except asyncio.TimeoutError:
-        process.kill()
-        await process.wait()
+    except (asyncio.TimeoutError, asyncio.CancelledError) as error:
+        with contextlib.suppress(OSError):  # with what it started, which holds the pipes that `wait` waits for
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, asyncio.CancelledError):  # the server stops
+            raise
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), 1)
         return -1, "", f"{argv[0]} took longer than {timeout:g} s"
-    except asyncio.CancelledError:  # the server stops
-        process.kill()
-        raise
     return process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 
@@ -7143,14 +7145,18 @@ class Apns:
         if stamp != self._stamp:
             self._stamp, self._config, self._jwt = stamp, {}, ("", 0.0)
             try:
-                given = obj(parse_json(read_regular(self.path))) if stamp else {}
-                wrong = [name for name in ("keyPath", "keyId", "teamId", "bundleId") if stamp and not _is_text(given.get(name))]
-                if stamp and (wrong or given.get("environment", "sandbox") not in APNS_HOSTS):
-                    raise ValueError(f"{', '.join(wrong) or 'environment'} is missing or wrong")
-                self._config = given
+                self._config = self.read() if stamp else {}
             except (OSError, ValueError) as error:
                 log("push", f"{self.path}: {error}; nothing is sent to Apple")
         return self._config
+
+    def read(self) -> Json:
+        """What the file says.  Raises OSError, or ValueError if it is not right."""
+        given = obj(parse_json(read_regular(self.path)))
+        wrong = [name for name in ("keyPath", "keyId", "teamId", "bundleId") if not _is_text(given.get(name))]
+        if wrong or given.get("environment", "sandbox") not in APNS_HOSTS:
+            raise ValueError(f"{', '.join(wrong) or 'environment'} is missing or wrong")
+        return given
 
     def jwt(self, fresh: bool = False) -> str:
         """The token that says who sends, ES256, made anew before an hour is over.  Raises OSError or ValueError."""
@@ -7182,7 +7188,7 @@ class Apns:
         for fresh in (False, True):
             try:
                 jwt = await on_thread(self.jwt, fresh)
-            except (OSError, ValueError) as error:
+            except (OSError, TypeError, ValueError) as error:  # TypeError: of a key with a password
                 return -1, str(error)
             fields = [("url", f"{host}/3/device/{token}"), ("proto", "=https"), ("data-raw", dumps(payload))]
             fields += [("header", f"{name}: {value}") for name, value in (("authorization", f"bearer {jwt}"), *headers.items())]
@@ -8851,6 +8857,7 @@ def _session_frame(kind: str, record: Json) -> Json:
 WATCH_S = 0.5  # a revoked device is disconnected within a second
 SWITCH_S = 0.0005  # how soon the loop gets the interpreter back from a thread that reads a large session
 LAST_USED_MS = 300_000  # how stale a device's last use may be on disk
+TLS_PROBLEM = "config.tls.mode: only `disabled` is supported so far. Set it with: {} config set tls.mode disabled"
 
 
 def complaint(error: BaseException) -> str:
@@ -8908,9 +8915,7 @@ class Server:
             raise UsageError(f"Another oppi server is running on {self.store.root}") from None
         self.note()
         if self.settings["tls.mode"] != "disabled":
-            raise UsageError(
-                f"config.tls.mode: only `disabled` is supported so far. Set it with: {called()} config set tls.mode disabled"
-            )
+            raise UsageError(TLS_PROBLEM.format(called()))
         self.store.owner_token()
         if not in_child(self.store.check_identity):
             sys.exit(1)
@@ -9366,7 +9371,6 @@ def demo_agent(argv: Sequence[str]) -> None:
 
 def cmd_demo(store: Store, args: argparse.Namespace) -> int:
     """One turn on a private server; nothing of it stays."""
-    import shlex
     import tempfile
 
     program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
@@ -9471,15 +9475,15 @@ def quick(*argv: str) -> str:
     return ""
 
 
-def host_names() -> Json:
-    """The names and addresses of this machine, "" where there is none."""
-    status = _object(quick("tailscale", "status", "--json"))
-    local = quick("scutil", "--get", "LocalHostName")
+def host_names(ask: Callable[..., str] = quick) -> Json:
+    """The names and addresses of this machine, "" where there is none; `ask` has what programs print."""
+    status = _object(ask("tailscale", "status", "--json"))
+    local = ask("scutil", "--get", "LocalHostName")
     if not local and os.path.exists("/run/avahi-daemon/socket"):
         local = short_host()
     return {
         "tailscaleName": str(obj(status.get("Self")).get("DNSName") or "").rstrip("."),
-        "tailscaleIp": quick("tailscale", "ip", "-4").partition("\n")[0],
+        "tailscaleIp": ask("tailscale", "ip", "-4").partition("\n")[0],
         "localName": f"{local}.local" if local else "",
         "lanIp": lan_ip(),
     }
@@ -9804,6 +9808,242 @@ def cmd_status(store: Store, args: argparse.Namespace) -> int:
         f"  Sessions      {sessions}",
     ]
     return show(args, facts, lines)
+
+
+# doctor: asks every program at once, so that what hangs costs one time limit; writes nothing, and says no secret.
+
+ANSWER_S, HEALTH_S = 4.0, 1.0  # how long a program may take, and who listens at the port
+LITTLE_SPACE, NO_SPACE = 2 * 2**30, 200 * 2**20  # bytes: worth a warning; too few for a server
+SIGNS = {"ok": (32, "✓"), "warn": (33, "!"), "fail": (31, "✗")}  # level -> colour, sign
+CONTAINER_DATA = "~/Library/Application Support/com.apple.container"
+ASLEEP, IDLE = "systemctl is-enabled sleep.target suspend.target", "loginctl show-session --property=IdleAction"
+PROBES = (
+    "node --version", "sw_vers -productVersion", "sysctl -n machdep.cpu.brand_string", "sysctl -n hw.optional.arm64",
+    "container --version", "container system status", "container system status --format json", "pmset -g custom",
+    "tailscale status --json", "tailscale ip -4", "scutil --get LocalHostName", ASLEEP, IDLE,
+)  # fmt: skip
+
+
+async def who_answers(host: str, port: int) -> str:
+    """Who listens at an address: "oppi", "another program", or "" for nobody."""
+    found = ""
+    with contextlib.suppress(OSError, EOFError, asyncio.TimeoutError, asyncio.LimitOverrunError):
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), HEALTH_S)
+        with contextlib.closing(writer):
+            found = "another program"
+            writer.write(f"GET /health HTTP/1.1\r\nHost: {at(host, port)}\r\n\r\n".encode())
+            await asyncio.wait_for(reader.readuntil(b'{"ok":true'), HEALTH_S)
+            found = "oppi"
+    return found
+
+
+def read_object(*path: str) -> Json:
+    """The JSON object in a file, {} if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return obj(parse_json(read_regular(os.path.join(*path))))
+    return {}
+
+
+def lacking(problem: str) -> tuple[str, str, str]:
+    """A failure, of a sentence that says what is missing and one that ends with the command."""
+    text, _, advice = problem.partition(". ")
+    return "fail", f"missing: {text}", advice.partition(": ")[2]
+
+
+class Checkup:
+    """The checks, and what programs said.  Each yields (whether it is so, level, what to say, command that mends it),
+    of which the first that is so counts."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.server, self.broken = store, running(store.root), ""
+        try:
+            self.settings = Settings(store.read_config())
+        except UsageError as error:
+            self.settings, self.broken = Settings({}), str(error)
+        self.env = host_environment(self.settings, store.root)
+        self.agent, self.mac = PiInfo(lambda: self.env), self.has("sw_vers")
+        self.host = str(self.server.get("host") or self.settings["host"])
+        self.port = whole(self.server.get("port") or self.settings["port"])
+
+    def has(self, program: str) -> bool:
+        return shutil.which(program, path=self.env["PATH"]) is not None
+
+    async def look(self) -> None:
+        argvs = {line: line.split() for line in PROBES if self.has(line.split()[0])}
+        argvs.update({"pi --version": [self.agent.path(), "--version"]} if self.agent.path() else {})
+        answers = await asyncio.gather(*(run_program(argv, self.env, ANSWER_S) for argv in argvs.values()))
+        self.said = dict(zip(argvs, answers))
+        self.names = host_names(lambda *argv: self.out(" ".join(argv)))
+        if self.settings["security.profile"] == "strict":  # which refuses the local network
+            self.names.update(localName="", lanIp="")
+        self.wild = self.host in ("0.0.0.0", "::")
+        self.who = await who_answers(self.names["lanIp"] or "127.0.0.1" if self.wild else self.host, self.port)
+
+    def out(self, line: str) -> str:
+        """What a command printed, "" unless it worked."""
+        code, out, _ = self.said.get(line, (-1, "", ""))
+        return "" if code else out.strip()
+
+    def why(self, line: str) -> str:
+        """Why a command is of no use."""
+        code, _, reason = self.said.get(line, (-1, "", "not installed"))
+        return reason if code == -1 else f"`{line}` ended with {code}" if code else f"`{line}` says nothing of use"
+
+    def python(self) -> Iterator[Any]:
+        import importlib.util
+
+        absent = [name for name in ("websockets", "cryptography", "qrcode") if not importlib.util.find_spec(name)]
+        yield absent, *lacking(complaint(ImportError(", ".join(absent))))
+        yield True, "ok", f"{sys.version.split()[0]}, with oppi {__version__}", ""
+
+    def system(self) -> Iterator[Any]:
+        name, _, release, _, machine = os.uname()
+        version, chip = self.out("sw_vers -productVersion"), self.out("sysctl -n machdep.cpu.brand_string") or machine
+        yield self.mac and not version, "warn", self.why("sw_vers -productVersion"), "sw_vers"
+        yield True, "ok", f"macOS {version} on {chip}" if self.mac else f"{name} {release} on {chip}", ""
+
+    def pi(self) -> Iterator[Any]:
+        yield from ((True, *lacking(problem)) for problem in pi_problems(self.agent))
+        code, out, err = self.said["pi --version"]
+        version = re.search(r"\d+\.\d+\.\d+", "" if code else out + err)
+        yield not version, "fail", f"{self.agent.path()} does not work: {self.why('pi --version')}", PI_INSTALL
+        models = obj(read_object(agent_dir(), "models.json").get("providers"))
+        keys = [name for name, value in self.env.items() if name.endswith("_API_KEY") and value]
+        names, number = [*read_object(agent_dir(), "auth.json"), *models, *keys], version and version.group()
+        yield names, "ok", f"{number}, set up for {', '.join(names)}", ""
+        yield True, "warn", f"{number}, but not logged in with any model provider", "pi   (then type /login)"
+
+    def node(self) -> Iterator[Any]:
+        version = self.out("node --version")
+        yield not version, "warn", f"{self.why('node --version')}; pi needs it", "see https://nodejs.org/en/download"
+        yield True, "ok", version, ""
+
+    def containers(self) -> Iterator[Any]:
+        """Never a failure: workspaces on the machine itself do without."""
+        able = self.mac and self.out("sysctl -n hw.optional.arm64") == "1"
+        yield not able, "ok", "need a Mac with Apple silicon; workspaces run on this machine itself", ""
+        system, about = self.out("sw_vers -productVersion"), self.out("container --version")
+        new, status = re.match("2[6-9]|[3-9][0-9]", system), "container system status"
+        yield not new, "warn", f"need macOS 26, this is {system or 'unknown'}", "softwareupdate --list"
+        yield not about, "warn", self.why("container --version"), "see https://github.com/apple/container/releases"
+        start = "container system start --enable-kernel-install"
+        yield self.said[status][0], "warn", f"its services do not run: {self.why(status)}", start
+        root = re.search(r'"appRoot" *: *"([^"]*)', self.out(status + " --format json").replace("\\/", "/"))
+        kernels = names_in(os.path.expanduser(f"{root.group(1) if root else CONTAINER_DATA}/kernels"))
+        yield not kernels, "warn", "no Linux kernel is installed", "container system kernel set --recommended"
+        yield True, "ok", f"{about}; its services run", ""
+
+    def config(self) -> Iterator[Any]:
+        yield self.broken, "fail", self.broken, "oppi config validate"
+        yield self.settings["tls.mode"] != "disabled", *lacking(TLS_PROBLEM.format("oppi"))
+        wrong = self.settings.warnings
+        yield wrong, "warn", f"{'; '.join(wrong)}; the defaults count", "oppi config validate"
+        yield True, "ok", self.store.root + ("" if os.path.exists(self.store.root) else ", made by the first start"), ""
+
+    def secrets(self) -> Iterator[Any]:
+        """Nobody else may read them, even if somebody opens the folder around them."""
+        root = self.store.root
+        paths = [self.store.path(name) for name in names_in(root) if not name.endswith(".pub")]
+        paths += [self.store.identity_paths(self.settings)[0], str(read_object(root, "apns.json").get("keyPath") or "")]
+        files = [path for path in map(os.path.expanduser, paths) if os.path.isfile(path)]
+        wide = [path for path in (root, *dict.fromkeys(files)) if os.path.exists(path) and os.stat(path).st_mode & 0o77]
+        names, fix = ", ".join(map(os.path.basename, wide)), f"chmod go-rwx {' '.join(map(shlex.quote, wide))}"
+        yield wide, "fail", f"others may read or change {names}", fix
+        yield True, "ok", "nobody else can read the data directory", ""
+
+    def disk(self) -> Iterator[Any]:
+        place = self.store.root
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        found = os.statvfs(place)
+        free, fix = found.f_bavail * found.f_frsize, "du -xhd1 ~ | sort -h"
+        text = f"{free / 2**30:.1f} GiB free at {place}"
+        yield from ((free < NO_SPACE, "fail", text, fix), (free < LITTLE_SPACE, "warn", text, fix), (True, "ok", text, ""))
+
+    def reach(self) -> Iterator[Any]:
+        pid, names = whole(self.server.get("pid")), dict.fromkeys(filter(None, self.names.values() if self.wild else [self.host]))
+        where, lsof = ", ".join(at(name, self.port) for name in names), f"lsof -nP -iTCP:{self.port} -sTCP:LISTEN"
+        deaf, local = self.server and self.who != "oppi", self.host in ("127.0.0.1", "::1", "localhost")
+        yield deaf, "fail", f"process {pid} does not answer at port {self.port}", f"kill {pid}; oppi serve"
+        yield self.who and not self.server, "fail", f"not running, and {self.who} has port {self.port}", lsof
+        yield local, "warn", f"{where} can be reached by no phone", "oppi config set host 0.0.0.0"
+        yield not names, "warn", "this machine has no address that a phone could reach", "oppi pair --host ADDRESS"
+        yield not self.server, "warn", f"does not run; it would be at {where}", "oppi serve"
+        yield True, "ok", f"process {pid} is at {where}", ""
+
+    def tailscale(self) -> Iterator[Any]:
+        name, ip = self.names["tailscaleName"], self.names["tailscaleIp"]
+        yield ip, "ok", name or ip, ""
+        fix = "tailscale up" if self.has("tailscale") else "see https://tailscale.com/download"
+        yield True, "warn", f"{self.why('tailscale ip -4')}; phones reach this machine only from its own network", fix
+
+    def sleep(self) -> Iterator[Any]:
+        found = re.search(r"^ *sleep +(\d+)", self.out("pmset -g custom").rpartition("AC Power:")[2], re.MULTILINE)
+        minutes, idle = found.group(1) if found else "an unknown number of", self.out(IDLE).partition("=")[2]
+        yield self.mac and minutes != "0", "warn", f"after {minutes} minutes; then no phone reaches it", "sudo pmset -c sleep 0"
+        masked = self.said.get(ASLEEP, (0, "", ""))[1].split() == ["masked"] * 2
+        fix = "sudo systemctl mask sleep.target suspend.target"
+        yield idle not in ("", "ignore") and not masked, "warn", f"when idle: {idle}; then no phone reaches it", fix
+        yield True, "ok", "not by itself", ""
+
+    def push(self) -> Iterator[Any]:
+        apns, routes = Apns(self.store.path("apns.json")), ["webhook"] if self.settings["push.webhook"] else []
+        if os.path.exists(apns.path):
+            try:
+                apns.read()
+                apns.jwt()
+                routes.append("apns")
+            except (OSError, TypeError, ValueError) as error:
+                yield True, "fail", f"apns.json: {error}", f"${{EDITOR:-vi}} {shlex.quote(apns.path)}"
+        fix = "oppi config set push.webhook https://ntfy.sh/YOUR-TOPIC"
+        yield not routes, "warn", "nothing tells you that an approval waits", fix
+        yield True, "ok", f"by {' and '.join(routes)}; try it with: oppi push test", ""
+
+    def pairing(self) -> Iterator[Any]:
+        key, file = self.store.identity_paths(self.settings)[0], self.store.path("devices.json")
+        lost = self.settings["identity.fingerprint"] and not os.path.exists(key)
+        text = f"missing: {key}, by which phones know this server; restore it, or begin anew"
+        yield lost, "fail", text, 'oppi config set identity.fingerprint ""'
+        broken = os.path.exists(file) and not read_object(file)  # reading it as the server does would set it aside
+        yield broken, "fail", f"{file} cannot be read; every phone must pair again", "oppi pair"
+        access = self.store.read_access()
+        count, owner = len(access.devices) + len(access.moved), "an" if access.owner else "no"
+        yield not count, "warn", f"nothing is paired; {owner} owner token", "oppi pair"
+        yield True, "ok", f"{count} paired; {owner} owner token", ""
+
+
+EXAMINED = {
+    "Python": Checkup.python, "System": Checkup.system, "pi": Checkup.pi, "Node": Checkup.node, "Containers": Checkup.containers,
+    "Settings": Checkup.config, "Secrets": Checkup.secrets, "Disk": Checkup.disk, "Server": Checkup.reach,
+    "Tailscale": Checkup.tailscale, "Sleep": Checkup.sleep, "Push": Checkup.push, "Pairing": Checkup.pairing,
+}  # fmt: skip
+
+
+def finding(name: str, steps: Iterator[Any]) -> Json:
+    """What a check found, harmless to show."""
+    try:
+        level, text, fix = next(rest for so, *rest in steps if so)
+    except Exception as error:
+        level, text, fix = "fail", str(error), "oppi config validate"
+    fix = re.sub(r"\boppi(?= [a-z])", lambda _: called(), redact(fix))
+    return {"name": name, "level": level, "text": redact(" ".join(text.split()))[:400], "fix": fix}
+
+
+def finding_lines(row: Json) -> Iterator[str]:
+    import textwrap
+
+    form = "\033[{}m{}\033[0m" if at_terminal(sys.stdout) and "NO_COLOR" not in os.environ else "{1}"
+    first, *rest = textwrap.wrap(row["text"], 80 - 13) or [""]
+    yield f"{form.format(*SIGNS[row['level']])} {row['name']:<10} {first}"
+    yield from (" " * 13 + line for line in (*rest, *([f"→ {row['fix']}"] if row["fix"] else [])))
+
+
+def cmd_doctor(store: Store, args: argparse.Namespace) -> int:
+    checkup = Checkup(store)
+    asyncio.run(checkup.look())
+    rows = [finding(name, check(checkup)) for name, check in EXAMINED.items()]
+    good = all(row["level"] != "fail" for row in rows)
+    return show(args, {"ok": good, "checks": rows}, itertools.chain(*map(finding_lines, rows)), int(not good))
 
 
 def config_show(store: Store, args: argparse.Namespace) -> int:
@@ -10241,6 +10481,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
              option("--yes --y", "ask nothing", **FLAG), option("--port", "port to listen on"),
              option("--model", "default model"), option("--max-sessions", "sessions at once", metavar="N")),
     "status": ("show where the server is and who is paired", cmd_status),
+    "doctor": ("check this machine and name the command that mends what is wrong", cmd_doctor),
     "devices": ("list devices, add one for a script, revoke one",
                 {None: list_devices, "list": list_devices, "add": add_device, "revoke": revoke_device},
                 option("name", "name, or id for revoke", **WORD)),

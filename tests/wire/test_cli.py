@@ -29,7 +29,7 @@ from tests.support.server import ROOT, Server, default_program
 
 from .rig import eventually
 
-COMMANDS = ("serve", "pair", "init", "status", "devices", "token", "config", "env", "version")
+COMMANDS = ("serve", "pair", "init", "status", "doctor", "devices", "token", "config", "env", "version")
 INSTALL = "npm install -g @earendil-works/pi-coding-agent"
 FACTS = (  # commands that print facts, and work on an empty data directory
     ("status",), ("devices",), ("devices", "add", "backup"), ("config", "show"), ("config", "show", "--default"),
