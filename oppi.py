@@ -83,15 +83,30 @@ import math
 import posixpath
 import re
 import time
-from collections import Counter, OrderedDict, deque
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, cast
+from collections import Counter, OrderedDict, deque, namedtuple
 
+TYPE_CHECKING = False  # true to type checkers
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+    from typing import IO, Any, Callable, NamedTuple, NoReturn, TypeVar, cast
+
+    T = TypeVar("T")
+    Json = dict[str, Any]  # a decoded JSON object
+else:  # what those are at run time: `typing` takes 4 ms to import, and 3 to compile every annotation of a NamedTuple
+
+    class _Named(type):
+        def __new__(cls, name, bases, body):
+            fields = body["__annotations__"]
+            made = namedtuple(name, fields, defaults=[body.pop(field) for field in fields if field in body])
+            return type(name, (made,), {"__slots__": (), **body})
+
+    NamedTuple = type.__new__(_Named, "NamedTuple", (), {})
+
+    def cast(kind, value):
+        return value
+
 
 __version__ = "0.1.0"
-
-Json = dict[str, Any]  # a decoded JSON object
 
 
 # ═══════════════════════════════ 1. Errors and small tools ═══════════════════════════════
@@ -159,6 +174,7 @@ class UsageError(OppiError):
 
 
 ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # session and workspace ids are 8 long, others 12; old ones vary
+ID_LIMIT = 256  # characters of an id that a client makes up; other phones are told of it
 INVISIBLE = (
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f"
     "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -174,7 +190,7 @@ def require(good: Any, text: str) -> None:
         raise BadRequest(text)
 
 
-def existing(value: Any, text: str) -> Any:
+def existing(value: T | None, text: str) -> T:
     """`value`.  Raises NotFound if it is None."""
     if value is None:
         raise NotFound(text)
@@ -510,7 +526,7 @@ def parse_setting(path: str, text: str) -> Any:
     if key is None or key.state:
         raise UsageError(f"Unknown key: {path}. Available: {', '.join(k.path for k in KEYS if not k.state)}")
     value: Any = text
-    if key.kind not in ("text", "string", "choice"):
+    if key.kind not in ("text", "string", "choice", "url"):
         try:
             value = parse_json(text)
         except ValueError:
@@ -2499,27 +2515,23 @@ def patched_rule(rule: Json, patch: Json) -> Json:
 
     Whoever changes what a rule matches has seen it: it is no longer the one exact text then."""
     view = rule_view(rule)
-    decision = {"block": "deny"}.get(str(patch.get("decision")), patch.get("decision", view["decision"]))
-    if decision not in ACTIONS:
-        raise BadRequest('decision must be one of "allow", "ask", "deny"')
+    decision = str({"block": "deny"}.get(str(patch.get("decision")), patch.get("decision", view["decision"])))
+    require(decision in ACTIONS, 'decision must be one of "allow", "ask", "deny"')
     for name in ("label", "tool", "pattern", "executable"):
-        if not isinstance(patch.get(name, ""), (str, type(None))):
-            raise BadRequest(f"{name} must be a string or null")
-    if patch.get("tool") == "":
-        raise BadRequest("tool cannot be empty")
+        require(isinstance(patch.get(name, ""), (str, type(None))), f"{name} must be a string or null")
+    require(patch.get("tool") != "", "tool cannot be empty")
     expires = patch.get("expiresAt", rule.get("expiresAt"))
-    if expires is not None and (not isinstance(expires, (int, float)) or isinstance(expires, bool)):
-        raise BadRequest("expiresAt must be a number or null")
-    if expires is not None and expires <= 0:
-        raise BadRequest("expiresAt must be a positive timestamp")
+    number = isinstance(expires, (int, float)) and not isinstance(expires, bool)
+    require(expires is None or number, "expiresAt must be a number or null")
+    require(expires is None or expires > 0, "expiresAt must be a positive timestamp")
     changed = {**rule, "decision": decision, "effect": decision, "expiresAt": expires}
     changed["tool"] = patch.get("tool", view["tool"]) or "*"
     changed.update({name: patch.get(name, view.get(name)) for name in ("pattern", "executable")})
     if any(changed[name] != view.get(name) for name in ("tool", "pattern", "executable")):
         changed.update(exact=None, match=None)
         changed["tool"] = "bash" if changed["executable"] and changed["tool"] == "*" else changed["tool"]
-    if changed["tool"] == "*" and not changed["pattern"] and not changed["executable"]:
-        raise BadRequest("rule must specify tool, pattern, or executable")
+    narrow = changed["tool"] != "*" or changed["pattern"] or changed["executable"]
+    require(narrow, "rule must specify tool, pattern, or executable")
     label = patch.get("label", rule.get("label") or rule.get("description"))
     if LEARNED_LABEL.match(str(label)):
         label = f"{decision.capitalize()} exactly: {changed['exact']}" if changed.get("exact") is not None else None
@@ -2907,11 +2919,8 @@ class PiReader:
         text = bytes(line[start:stop]).strip(b"\r")
         if not text:
             return []
-        try:
-            event = parse_json(text)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+        event = _object(text)
+        if not isinstance(event.get("type"), str):
             event = {"type": "garbage", "line": text[:200].decode("utf-8", "replace")}
         update = obj(event.get("assistantMessageEvent"))
         kind = DELTAS.get(str(update.get("type")).encode())
@@ -2955,10 +2964,7 @@ def gate_question(event: Json) -> Json | None:
     """The gate's question in an extension_ui_request, {} if it is malformed, None if it is another dialog."""
     if event.get("method") != "input" or event.get("title") != GATE_TITLE:
         return None
-    try:
-        return obj(parse_json(str(event.get("placeholder"))))
-    except ValueError:
-        return {}
+    return _object(str(event.get("placeholder")))
 
 
 def gate_answer(request_id: Any, tool_call_id: Any, verdict: str, reason: str) -> Json:
@@ -3029,16 +3035,15 @@ def block_text(content: Any, separator: str = "") -> str:
     """The text blocks of a message's content, which may also be a plain string."""
     if isinstance(content, str):
         return content
-    blocks = [b for b in arr(content) if isinstance(b, dict)]
+    blocks = map(obj, arr(content))
     return separator.join(str(b.get("text", "")) for b in blocks if b.get("type") in ("text", "output_text"))
 
 
 def data_uris(content: Any) -> list[str]:
     """Image and audio blocks as `data:` URIs."""
-    blocks = [b for b in arr(content) if isinstance(b, dict)]
     return [
         f"data:{b.get('mimeType') or MEDIA[b['type']]};base64,{b['data']}"
-        for b in blocks
+        for b in map(obj, arr(content))
         if b.get("type") in MEDIA and isinstance(b.get("data"), str)
     ]
 
@@ -3134,10 +3139,11 @@ class Translator:
         if role != "assistant":
             return [STATE]
         blocks = [] if self.thought else arr(content)
-        thoughts = [b.get("thinking") for b in blocks if isinstance(b, dict) and b.get("type") == "thinking"]
-        found: list[Json] = [{"type": "thinking_delta", "delta": text} for text in thoughts if isinstance(text, str) and text]
+        thoughts = [b.get("thinking") for b in map(obj, blocks) if b.get("type") == "thinking"]
+        thought = "".join(text for text in thoughts if isinstance(text, str))
+        found: list[Json] = [{"type": "thinking_delta", "delta": piece} for piece in pieces(thought)]
         if message.get("stopReason") == "error":
-            text = str(message.get("errorMessage") or "The model request failed")
+            text = fitting(str(message.get("errorMessage") or "The model request failed"))
             self.failure = TOO_LARGE_TEXT if "request_too_large" in text else text
         return [*found, {"type": "message_end", "role": "assistant", "content": fitting(block_text(content))}, STATE]
 
@@ -3190,29 +3196,29 @@ class Translator:
         result = obj(event.get("result"))
         end = {"type": "compaction_end", "aborted": bool(event.get("aborted")), "willRetry": bool(event.get("willRetry"))}
         summary, before = result.get("summary"), result.get("tokensBefore")
-        end.update({"summary": summary} if isinstance(summary, str) else {})
+        end.update({"summary": fitting(summary)} if isinstance(summary, str) else {})
         end.update({"tokensBefore": before} if _is_int(before) else {})
         failure = event.get("errorMessage") if event.get("reason") != "manual" else None  # the command's result says it
         self.failure = "" if event.get("willRetry") else self.failure
-        return [end, {"type": "error", "error": failure}] if isinstance(failure, str) and failure else [end]
+        return [end, {"type": "error", "error": fitting(failure)}] if isinstance(failure, str) and failure else [end]
 
     _on_auto_compaction_start, _on_auto_compaction_end = _on_compaction_start, _on_compaction_end
 
     def _on_auto_retry_start(self, event: Json) -> list[Json]:
         self.failure = ""
         numbers = {name: whole(event.get(name)) for name in ("attempt", "maxAttempts", "delayMs")}
-        return [{"type": "retry_start", **numbers, "errorMessage": str(event.get("errorMessage") or "retry requested")}]
+        return [{"type": "retry_start", **numbers, "errorMessage": fitting(str(event.get("errorMessage") or "retry requested"))}]
 
     def _on_auto_retry_end(self, event: Json) -> list[Json]:
         end: Json = {"type": "retry_end", "success": event.get("success") is True, "attempt": whole(event.get("attempt"))}
         final = event.get("finalError")
-        return [{**end, "finalError": final} if isinstance(final, str) else end]
+        return [{**end, "finalError": fitting(final)} if isinstance(final, str) else end]
 
     def _on_extension_ui_request(self, event: Json) -> list[Json]:
         return [dialog_message(event)]
 
 
-def _object(text: str) -> Json:
+def _object(text: str | bytes) -> Json:
     try:
         return obj(parse_json(text))
     except ValueError:
@@ -3264,12 +3270,13 @@ SESSION_TYPES = {
 STATS_TYPES = {"int": "mutatingToolCalls filesChanged addedLines removedLines", "texts": "changedFiles"}
 STATUSES = ("starting", "ready", "busy", "stopping", "stopped", "error")
 CHANGED_FILES = 100  # app 1.1 shows so many; the rest is a number
+NAME_LIMIT = 4096  # characters of a name or path in a session; no system knows longer paths
 NO_TOKENS = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
 
 
 def session_wire(record: Json) -> Json:
     """A session as the apps decode it: every required field there and of its type, own fields left out."""
-    wire = typed(record, SESSION_TYPES)
+    wire = {k: v[:NAME_LIMIT] if isinstance(v, str) else v for k, v in typed(record, SESSION_TYPES).items()}
     tokens, cost, stats = obj(record.get("tokens")), record.get("cost"), obj(record.get("changeStats"))
     wire["tokens"] = {name: whole(tokens.get(name)) for name in NO_TOKENS}
     wire["status"] = record["status"] if record.get("status") in STATUSES else "stopped"
@@ -3321,7 +3328,7 @@ def count_change(record: Json, event: Json, cwd: str) -> None:
     """Change statistics of an `edit` or `write` call, paths relative to the workspace where they lie in it."""
     tool, args = str(event.get("toolName")), obj(event.get("args"))
     path = args.get("path") or args.get("file_path")
-    if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not path.strip():
+    if tool.lower() not in ("edit", "write") or not isinstance(path, str) or not 0 < len(path.strip()) <= NAME_LIMIT:
         return
     path = path.strip()
     path = path[len(cwd) + 1 :] if inside(path, cwd) and path != cwd else path
@@ -3333,7 +3340,7 @@ def count_change(record: Json, event: Json, cwd: str) -> None:
     elif not known:
         stats["changedFilesOverflow"] = whole(stats.get("changedFilesOverflow")) + 1
     edits = arr(args.get("edits")) or [args]
-    pairs = [(lines_of(e.get("oldText")), lines_of(e.get("newText"))) for e in edits if isinstance(e, dict)]
+    pairs = [(lines_of(e.get("oldText")), lines_of(e.get("newText"))) for e in map(obj, edits)]
     counts = stats.setdefault("_fileLineCounts", {})
     if tool.lower() == "write":
         pairs = [(whole(counts.get(path)), lines_of(args.get("content")))]
@@ -3356,11 +3363,8 @@ OUTLINED = ("type", "id", "parentId", "version", "firstKeptEntryId")  # all that
 
 def parse_entry(line: bytes) -> Json | None:
     """An entry of a session file; None for a broken line."""
-    try:
-        entry = parse_json(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("type"), str) else None
+    entry = _object(line)
+    return entry if isinstance(entry.get("type"), str) else None
 
 
 def outline(line: bytes) -> Json | None:
@@ -3626,7 +3630,7 @@ def before_changes(text: str, changes: Sequence[Json]) -> str:
         args = obj(call["args"])
         if call["tool"].rpartition(".")[2].lower() == "write":
             text = ""
-        for edit in reversed([e for e in arr(args.get("edits")) or [args] if isinstance(e, dict)]):
+        for edit in map(obj, reversed(arr(args.get("edits")) or [args])):
             old, new = (str(edit.get(name) or "") for name in ("oldText", "newText"))
             at = text.find(new) if new else _line_start(text, whole(obj(call.get("details")).get("firstChangedLine")))
             text = text[:at] + old + text[at + len(new) :] if at >= 0 else text
@@ -3676,7 +3680,7 @@ def _side(side: str, hunk: Sequence[Json]) -> Json:
 
 RING = 500  # durable messages kept per session
 OUTBOX_LIMIT = 8 * 1024 * 1024  # bytes waiting for one phone
-MERGE_LIMIT = 128 * 1024  # characters of a merged delta
+MERGE_LIMIT = 64 * 1024  # characters of a merged delta; another CHUNK may be added to it
 TURNS, TURN_TTL_MS = 256, 15 * 60_000
 SEQ_STEP = 1000  # seq numbers reserved on disk at a time; a crash skips at most these
 
@@ -4013,15 +4017,28 @@ class _Lazy:
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import shlex
     import shutil
     import signal
     import socket
     import ssl
     import subprocess
 else:
-    argparse, asyncio, shutil, signal, socket, ssl, subprocess = map(
-        _Lazy, ("argparse", "asyncio", "shutil", "signal", "socket", "ssl", "subprocess")
+    argparse, asyncio, shlex, shutil, signal, socket, ssl, subprocess = map(
+        _Lazy, ("argparse", "asyncio", "shlex", "shutil", "signal", "socket", "ssl", "subprocess")
     )
+
+
+async def on_thread(work: Callable[..., T], *given: Any) -> T:
+    """What `work` makes of what it is given, without holding up the loop."""
+    return await asyncio.get_running_loop().run_in_executor(None, work, *given)
+
+
+def spawn(tasks: set[asyncio.Task[Any]], work: Any) -> None:
+    """Do something beside; `tasks` has it until it ends."""
+    task = asyncio.ensure_future(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 def log(tag: str, text: str) -> None:
@@ -4237,7 +4254,7 @@ class Store:
         unused = STRICT_UNUSED_MS if Settings(raw)["security.profile"] == "strict" else math.inf
         return Access(state, owner, [t for t in arr(raw.get("authDeviceTokens")) if _is_text(t)], unused)
 
-    def change_access(self, change: Callable[[Access], Any]) -> Any:
+    def change_access(self, change: Callable[[Access], T]) -> T:
         """Apply `change` under the lock and save; returns what it returns."""
         self.prepare()
         with self.locked():
@@ -4395,8 +4412,8 @@ class Store:
             self.change_config(lambda raw: put_path(raw, "identity.fingerprint", print_))
         return private, print_
 
-    def check_identity(self) -> None:
-        """Make the identity if there is none.  Raises UsageError if the public key file is not the private key's."""
+    def check_identity(self) -> tuple[str, str]:
+        """As `identity`, made if there is none.  Raises UsageError if the public key file is not the private key's."""
         private, public = self.identity_paths(self.settings())
         if not os.path.exists(private):
             self.identity(create=True)
@@ -4406,6 +4423,7 @@ class Store:
             raise UsageError(f"The identity key {private} cannot be read as an Ed25519 key") from None
         if os.path.exists(public) and key_raw("PUBLIC", read_text(public)) != derived:
             raise UsageError(f"{public} does not belong to {private}; remove it and it will be made anew")
+        return self.identity()
 
 
 # themes and what phones report about themselves
@@ -4447,7 +4465,7 @@ class Themes:
         """Raises NotFound."""
         path, plain = os.path.join(self.folder, name + ".json"), re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)
         there = plain and os.path.lexists(path) and not os.path.isdir(path)
-        return cast(str, existing(path if there else None, f'Theme "{visible(name)}" not found'))
+        return existing(path if there else None, f'Theme "{visible(name)}" not found')
 
     def read(self, name: str) -> Json:
         """Raises NotFound; OppiError for a file that holds no theme."""
@@ -4597,19 +4615,12 @@ class AuditLog:
     def _resumed(self, tail: bytes) -> str:
         """The hash to go on from: that of audit.head, or of the last line if a crash came between the two."""
         head, last = self.head(), sha256(tail.rstrip(b"\n")) if tail else ""
-        return last if not head or (tail and self._entry(tail).get("prev") == head) else head
+        return last if not head or (tail and _object(tail).get("prev") == head) else head
 
     def head(self) -> str:
         with contextlib.suppress(OSError):
             return read_file(self.head_path).decode("ascii", "replace").strip()
         return ""
-
-    @staticmethod
-    def _entry(line: bytes) -> Json:
-        try:
-            return obj(parse_json(line))
-        except ValueError:
-            return {}
 
     def lines(self, path: str) -> Iterator[bytes]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -4618,7 +4629,7 @@ class AuditLog:
     def entries(self, limit: int, wanted: Callable[[Json], bool]) -> list[Json]:
         """The newest entries of the current file, the newest first."""
         found: deque[Json] = deque(maxlen=limit)
-        found.extend(entry for entry in map(self._entry, self.lines(self.path)) if entry.get("id") and wanted(entry))
+        found.extend(entry for entry in map(_object, self.lines(self.path)) if entry.get("id") and wanted(entry))
         return list(found)[::-1]
 
     def verify(self) -> tuple[int, list[str]]:
@@ -4626,7 +4637,7 @@ class AuditLog:
         count, problems, last, chained, behind = 0, [], "", False, ""
         for path in (self.path + ".1", self.path):
             for number, line in enumerate(self.lines(path), 1):
-                entry, place = self._entry(line), f"{os.path.basename(path)} line {number}"
+                entry, place = _object(line), f"{os.path.basename(path)} line {number}"
                 previous = entry.get("prev")
                 if not entry:
                     problems.append(f"{place} is not whole")
@@ -4766,7 +4777,7 @@ class Skills:
 
     def find(self, name: str) -> Json:
         """Raises NotFound."""
-        return cast(Json, existing(next((s for s in self.all() if s["name"] == name), None), "Skill not found"))
+        return existing(next((s for s in self.all() if s["name"] == name), None), "Skill not found")
 
     def chosen(self, names: Sequence[Any]) -> list[str]:
         """Folders of the skills with these names, as far as they exist."""
@@ -4997,19 +5008,20 @@ async def run_program(
     given = subprocess.DEVNULL if data is None else subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(
-            *argv, env=env, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            *argv, env=env, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
     except OSError as error:
         return -1, "", str(error)
     try:
         out, err = await asyncio.wait_for(process.communicate(data), timeout)
-    except asyncio.TimeoutError:
-        process.kill()
-        await process.wait()
+    except (asyncio.TimeoutError, asyncio.CancelledError) as error:
+        with contextlib.suppress(OSError):  # with what it started, which holds the pipes that `wait` waits for
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, asyncio.CancelledError):  # the server stops
+            raise
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), 1)
         return -1, "", f"{argv[0]} took longer than {timeout:g} s"
-    except asyncio.CancelledError:  # the server stops
-        process.kill()
-        raise
     return process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 
@@ -6112,7 +6124,7 @@ class Containers:
             await self.remove(name)
             box = None
         if not box:
-            await asyncio.get_running_loop().run_in_executor(None, self._seed, workspace)
+            await on_thread(self._seed, workspace)
             labels = {"oppi.owner": self.owner, "oppi.workspace": workspace["id"], "oppi.mark": mark}
             marks = [word for item in labels.items() for word in ("-l", "=".join(item))]
             try:
@@ -6162,7 +6174,7 @@ class Containers:
         """A workspace was deleted: nothing of it stays but what is in its own folder."""
         await self.stop(workspace["id"])
         for name in ("guard", "cache", "sessions"):
-            await asyncio.get_running_loop().run_in_executor(None, remove, self.folder(workspace, name))
+            await on_thread(remove, self.folder(workspace, name))
         with contextlib.suppress(OSError):
             os.rmdir(self.folder(workspace, "workspace"))
             os.rmdir(self.folder(workspace))
@@ -6199,7 +6211,7 @@ class Containers:
     async def renew(self, workspace: Json) -> None:
         """Make the guarded folder hold the gate, skills and extensions as they are now."""
         async with self.locks.setdefault(workspace["id"], asyncio.Lock()):
-            await asyncio.get_running_loop().run_in_executor(None, self._furnish, workspace)
+            await on_thread(self._furnish, workspace)
 
     def skills(self, workspace: Json) -> list[Json]:
         return [skill for skill in self.store.skills.all() if skill["name"] in arr(workspace.get("skills"))]
@@ -6679,18 +6691,14 @@ class Approvals:
     @staticmethod
     def check(action: Any, expires_in: Any) -> None:
         """Raises BadRequest for an answer that is none."""
-        if action not in ("allow", "deny"):
-            raise BadRequest('action must be "allow" or "deny"')
+        require(action in ("allow", "deny"), 'action must be "allow" or "deny"')
         number = isinstance(expires_in, (int, float)) and not isinstance(expires_in, bool)
-        if expires_in is not None and not (number and expires_in > 0):
-            raise BadRequest("expiresInMs must be a positive number when provided")
+        require(expires_in is None or (number and expires_in > 0), "expiresInMs must be a positive number when provided")
 
     def answer(self, key: str, action: Any, scope: Any = None, expires_in: Any = None, client: Any = None) -> Json:
         """Settle a question; what came of it ({action, scope, …}).  Raises NotFound or BadRequest."""
         self.check(action, expires_in)
-        if key not in self.pending:
-            raise NotFound(f"Permission request not found: {key}")
-        pending = self.pending[key]
+        pending = existing(self.pending.get(key), f"Permission request not found: {key}")
         context = pending.session.context()
         verdict = evaluate(pending.call, context)
         if verdict.action == "deny":  # a rule was added since the question was put
@@ -6771,8 +6779,8 @@ class Turns:
         """Put a turn in the line, or answer a repeated one.  Raises OppiError for the failed result."""
         payload = turn_payload(command, body)
         turn_id, request = body.get("clientTurnId") or "", {k: body[k] for k in ("requestId",) if isinstance(body.get(k), str)}
-        if not isinstance(turn_id, str):
-            raise BadRequest("clientTurnId must be a string")
+        if not isinstance(turn_id, str) or len(turn_id) > ID_LIMIT:
+            raise BadRequest(f"clientTurnId must be a string of at most {ID_LIMIT} characters")
         content = token_hash(f"{command}:{dumps(payload)}")
         known = self.book.known(turn_id, command, content, now_ms())
         if known:
@@ -6814,6 +6822,8 @@ class Turns:
                 kept = next((entry for entry in wanted if entry[0] == turn.text), None)
                 if kept:
                     wanted.remove(kept)
+                    images = obj(turn.payload).get("images")  # phones are not told of them
+                    kept[2].update({"images": images} if images and "images" not in kept[2] else {})
                 else:
                     self.book.release([key])
         for text, command, item in wanted:
@@ -6877,7 +6887,7 @@ class Turns:
     async def look(self, path: str, start: int) -> tuple[str, int]:
         """Release what pi's file holds by now; the file, and where to look on next time."""
         asked = {key: turn for key, turn in self.book.held().items() if turn.stage != "accepted"}
-        texts, end = await asyncio.get_running_loop().run_in_executor(None, read_user_texts, path, start)
+        texts, end = await on_thread(read_user_texts, path, start)
         commands = [key for key, turn in asked.items() if turn.text.startswith("/")]  # pi is done with these, too
         self.release([*delivered(asked, texts), *commands])
         return path, end
@@ -6886,7 +6896,7 @@ class Turns:
         """A new pi was started on this file: see what the last one left, and offer it."""
         found = (path, start)
         if self.book.held():
-            texts, end = await asyncio.get_running_loop().run_in_executor(None, read_user_texts, path, start)
+            texts, end = await on_thread(read_user_texts, path, start)
             found = (path, end)
             self.release(delivered(self.book.held(), texts))
         waiting = {item.turn_id for item in self.line}
@@ -6942,6 +6952,7 @@ class LiveSession:
         self.free = asyncio.Event()  # cleared while pi would lose a prompt (compaction, retry wait, stop)
         self.free.set()
         self.taken = asyncio.Event()  # pi has begun or queued the last prompt; another one before that would be lost
+        self.taken.set()
         self.handed = ""  # id of that prompt
         self.gated = asyncio.Event()  # the gate has said hello
         self.state = "starting"  # of LIFE
@@ -7138,9 +7149,10 @@ class LiveSession:
         if self._delta:
             text, self._delta = "".join(self._delta), []
             self._flushed = self.spoke = time.monotonic()
-            message = {"type": self._delta_kind + "_delta", "delta": text, "sessionId": self.id}
-            self.said.append(message)
-            self.sessions.hub.publish(message)
+            for piece in pieces(text):
+                message = {"type": self._delta_kind + "_delta", "delta": piece, "sessionId": self.id}
+                self.said.append(message)
+                self.sessions.hub.publish(message)
 
     def unwritten(self, principal: str, events: Sequence[bytes]) -> list[bytes]:
         """Trace events of calls that ended before a device connected, but whose results pi has not written down yet."""
@@ -7396,6 +7408,9 @@ class LiveSession:
 
     def _on_extension_dialog(self, event: Json) -> None:
         message = dialog_message(event)
+        if len(encode(message)) > PHONE_LIMIT:
+            self.pi.send({"type": "extension_ui_response", "id": event.get("id"), "cancelled": True})
+            message = {"type": "error", "error": f"An extension's {message['method']} is too large for a phone"}
         if message["type"] == "extension_ui_request":
             message["sessionId"] = self.id
             self.dialogs[message["id"]] = message
@@ -7430,7 +7445,7 @@ class LiveSession:
 
     # turns
 
-    def check_turn(self, command: str) -> None:
+    def check_turn(self, command: str, text: str) -> None:
         """Raises the OppiError with which this turn is refused now."""
         if self.state in LEAVING:
             raise NotFound(f"Session not active: {self.id}")
@@ -7438,6 +7453,8 @@ class LiveSession:
             raise PiFailed("Permission gate not connected (state: unguarded). No prompt is sent to pi.")
         if command != "prompt" and not self.running:
             raise Conflict(NOT_STREAMING[command])
+        if self.running:
+            check_queue([*self._queued(), text])
 
     async def _feed(self) -> None:
         """Hand the accepted turns to pi in their order, each when pi would not lose it."""
@@ -7458,7 +7475,8 @@ class LiveSession:
                 self.taken.clear()
                 self.handed = item.turn_id
                 slash = turn.text.startswith("/")  # perhaps an extension's command, which may take long
-                self.pi.call(pi_turn(turn.command, turn.payload), functools.partial(self._answered, item, slash))
+                command = pi_turn(turn.command, turn.payload, self.running)
+                self.pi.call(command, functools.partial(self._answered, item, slash))
                 if not slash:
                     self._timers["deaf"] = asyncio.get_running_loop().call_later(DEAF_S, self._tell_deaf)
                 if not slash and not await asyncio.shield(item.done):
@@ -7470,7 +7488,9 @@ class LiveSession:
         self._cancel_timer("deaf")
         refusal = "" if response.get("success") is True else str(response.get("error") or "refused")
         self.turns.answered(item, refusal, response.get("error") == PI_GONE)
-        if slash and not refusal:
+        if refusal:
+            self.taken.set()
+        elif slash:
             asyncio.get_running_loop().call_later(TAKEN_S, self._command_over, item.turn_id)
 
     def _tell_deaf(self) -> None:
@@ -7501,9 +7521,9 @@ class LiveSession:
 
     async def change_queue(self, body: Json) -> Json:
         """Replace the queued messages (P87).  Raises Conflict for an old version, BadRequest for bad items."""
-        if not self.modern:
-            raise BadRequest("This version of pi cannot change its queue")
+        require(self.modern, "This version of pi cannot change its queue")
         drafts = [(kind, queue_drafts(body, name)) for name, kind in (("steering", "steer"), ("followUp", "follow_up"))]
+        check_queue([item["message"] for _, items in drafts for item in items])
         async with self.lane:
             if body.get("baseVersion") != self.queue["version"]:
                 raise Conflict(f"Queue version mismatch: expected {self.queue['version']}, got {body.get('baseVersion')}")
@@ -7574,8 +7594,13 @@ class LiveSession:
 
     # stopping
 
-    def stop(self) -> None:
-        """Abort the current turn; the session stays."""
+    async def stop(self) -> None:
+        """Abort the current turn, or the one that was sent just before; the session stays."""
+        if self.state == "ready" and self.turns.line:
+            await asyncio.wait([self.turns.line[-1].done], timeout=DEAF_S)
+        if self.state == "ready" and not self.taken.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.taken.wait(), TAKEN_S)
         self.step("stop")
 
     def _already_idle(self) -> None:
@@ -7589,14 +7614,11 @@ class LiveSession:
         self._cancel_timer("stop")
         self.emit({"type": "stop_confirmed", "source": "user"})
 
-    def _late_after(self, seconds: float) -> None:
+    def _wait_long(self, seconds: float = ABORT_S) -> None:
         self._timers["stop"] = asyncio.get_running_loop().call_later(seconds, self.step, "late")
 
-    def _wait_long(self) -> None:
-        self._late_after(ABORT_S)
-
     def _wait_little(self) -> None:
-        self._late_after(ABORT_AGAIN_S)
+        self._wait_long(ABORT_AGAIN_S)
 
     def _abort(self) -> None:
         """Empty the queue (P87) and abort.  A pending question of the gate ends inside pi, and so here."""
@@ -7706,41 +7728,44 @@ def images_of(value: Any) -> list[Json]:
     """Images of a client in pi's form.  Raises BadRequest."""
     images = [obj(image) for image in arr(value)]
     good = all(isinstance(image.get(k), str) for image in images for k in ("data", "mimeType"))
-    if not good or (value is not None and not isinstance(value, list)):
-        raise BadRequest("images must be a list of {data, mimeType}")
+    require(good and (value is None or isinstance(value, list)), "images must be a list of {data, mimeType}")
     return [{"type": "image", "data": image["data"], "mimeType": image["mimeType"]} for image in images]
 
 
 def turn_payload(command: str, body: Json) -> Json:
     """What pi is sent for a turn command.  Raises BadRequest.  A prompt that meets a running turn is
     queued behind it, so no race with the end of the last turn can lose it."""
-    if not isinstance(body.get("message"), str):
-        raise BadRequest("message must be a string")
+    require(isinstance(body.get("message"), str), "message must be a string")
     payload: Json = {"message": body["message"]}
     images = images_of(body.get("images"))
     if images:
         payload["images"] = images
     if command == "prompt":
         behavior = body.get("streamingBehavior") or "followUp"
-        if behavior not in ("steer", "followUp"):
-            raise BadRequest("streamingBehavior must be steer or followUp")
+        require(behavior in ("steer", "followUp"), "streamingBehavior must be steer or followUp")
         payload["streamingBehavior"] = behavior
     return payload
 
 
-def pi_turn(command: str, payload: Json) -> Json:
+def pi_turn(command: str, payload: Json, running: bool = True) -> Json:
     """The command pi gets for a turn.  What pi is told to queue when it has just become idle waits there for the next
-    prompt; a prompt that says how to queue it never waits.  But as a prompt `/name` would run an extension's command."""
-    if command == "prompt" or payload["message"].startswith("/"):
+    prompt; a prompt that says how to queue it never waits.  But beside a run `/name` would be an extension's command."""
+    if command == "prompt" or (running and payload["message"].startswith("/")):
         return {"type": command, **payload}
     return {"type": "prompt", **payload, "streamingBehavior": "steer" if command == "steer" else "followUp"}
 
 
+def check_queue(texts: Sequence[str]) -> None:
+    """Raises TooLarge for more than phones can be told of the queue."""
+    if len(encode(texts)) > PHONE_LIMIT - CHUNK:
+        raise TooLarge("This is too long to wait in the queue. Send it when the turn is over.")
+
+
 def queue_drafts(body: Json, name: str) -> list[Json]:
     items = body.get(name)
-    if not isinstance(items, list) or not all(isinstance(i, dict) and isinstance(i.get("message"), str) for i in items):
-        raise BadRequest(f"{name} must be a list of items with a message")
-    return [turn_payload("steer", item) for item in items]
+    good = isinstance(items, list) and all(isinstance(obj(item).get("message"), str) for item in items)
+    require(good, f"{name} must be a list of items with a message")
+    return [turn_payload("steer", item) for item in arr(items)]
 
 
 def end_line(path: str) -> str:
@@ -7750,7 +7775,7 @@ def end_line(path: str) -> str:
     try:
         with open_conversation(path, os.O_RDWR) as file:
             head = file.readline(65536)
-            if head.strip() and obj(_object(head.decode("utf-8", "replace"))).get("type") != "session":
+            if head.strip() and _object(head.decode("utf-8", "replace")).get("type") != "session":
                 raise PiFailed(f"Not a session file of pi: {path}")
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
@@ -7842,10 +7867,7 @@ class Sessions:
 
     def record(self, session_id: str) -> Json:
         """Raises NotFound."""
-        record = self.store.sessions.get(session_id)
-        if record is None:
-            raise NotFound(f"Session not found: {session_id}")
-        return record
+        return existing(self.store.sessions.get(session_id), f"Session not found: {session_id}")
 
     def seq(self, session_id: str) -> int:
         """Highest seq a session may have used."""
@@ -7895,7 +7917,7 @@ class Sessions:
 
         def check() -> None:
             if live:
-                live.check_turn(command)
+                live.check_turn(command, body["message"])
             elif command != "prompt":
                 raise Conflict(NOT_STREAMING[command])
 
@@ -7912,9 +7934,7 @@ class Sessions:
 
     async def _start(self, record: Json) -> LiveSession:
         previous = record.get("status")
-        workspace = self.store.workspaces.get(str(record.get("workspaceId")))
-        if workspace is None:
-            raise NotFound("Workspace not found")
+        workspace = existing(self.store.workspaces.get(str(record.get("workspaceId"))), "Workspace not found")
         live = LiveSession(self, record, workspace)
         record["status"] = "starting"
         self.store.changed(record["id"])
@@ -7972,7 +7992,6 @@ class Sessions:
             raise PiFailed(
                 "This project's .pi/settings.json changes how pi runs programs, and this pi obeys it unasked. Update pi."
             )
-        on_thread = functools.partial(asyncio.get_running_loop().run_in_executor, None)
         skills = await on_thread(self.store.skills.chosen, arr(workspace.get("skills")))
         path, recorded = await on_thread(self._prepare, folder, file, workspace, cwd)
         move_on(record, file, path)
@@ -7984,7 +8003,7 @@ class Sessions:
         return Launch([program, *argv], cwd, host_environment(self.settings(), self.store.root), version, place, (NOT_ISOLATED,))
 
     async def _contained(self, record: Json, workspace: Json, file: str, epoch: str) -> Launch:
-        boxes, on_thread = self.containers, functools.partial(asyncio.get_running_loop().run_in_executor, None)
+        boxes = self.containers
         extensions = extension_paths(workspace)
         box = await boxes.enter(workspace, record["id"])
         await boxes.end(workspace["id"], f"OPPI_SESSION={record['id']}")  # what a CLI that was killed has left
@@ -8068,9 +8087,7 @@ class Sessions:
         records = self.store.sessions.values()
         files = {str(f) for r in records for f in (r.get("piSessionFile"), *arr(r.get("piSessionFiles"))) if _is_text(f)}
         root = os.path.join(agent_dir(), "sessions")
-        work = functools.partial(local_sessions, root, set(map(os.path.realpath, files)))
-        found: list[Json] = await asyncio.get_running_loop().run_in_executor(None, work)
-        return found
+        return await on_thread(local_sessions, root, set(map(os.path.realpath, files)))
 
     def adopt(self, workspace: Json, path: str, body: Json) -> Json:
         """A session that goes on with one of the terminal's.  Raises BadRequest or Conflict (http-api 3.4)."""
@@ -8082,13 +8099,11 @@ class Sessions:
             found = local_session(real)
         except (OSError, ValueError) as error:
             raise BadRequest(f"Invalid session file: {getattr(error, 'strerror', None) or error}") from None
-        if not found["cwd"]:
-            raise BadRequest("Cannot read session CWD from file")
-        if not workspace.get("hostMount"):
-            raise BadRequest("Workspace has no hostMount configured")
+        require(found["cwd"], "Cannot read session CWD from file")
+        require(workspace.get("hostMount"), "Workspace has no hostMount configured")
         mount = os.path.expanduser(workspace["hostMount"])
-        if not inside(os.path.realpath(found["cwd"]), os.path.realpath(mount)):
-            raise BadRequest(f"Session CWD ({found['cwd']}) is not within workspace path ({mount})")
+        within = inside(os.path.realpath(found["cwd"]), os.path.realpath(mount))
+        require(within, f"Session CWD ({found['cwd']}) is not within workspace path ({mount})")
         self.check_free(real)
         first = found.get("firstMessage", "")
         record = self.create(workspace, {**body, "name": body.get("name") or found.get("name") or first[:80]})
@@ -8109,7 +8124,7 @@ class Sessions:
         record = self.create(workspace, {"name": name[:160], **copied})
         copy = self.store.path("pi", record["id"], os.path.basename(files[-1]))
         try:
-            await asyncio.get_running_loop().run_in_executor(None, copy_session, files[-1], copy)
+            await on_thread(copy_session, files[-1], copy)
             record.update(piSessionFile=copy, contextWindow=source.get("contextWindow"))
             live, wanted = await self.start(record["id"]), record["name"]
             begun = (copy, record.get("piSessionFile"))
@@ -8176,15 +8191,13 @@ class Sessions:
             events = (encode(event) for event in [*build_trace(entries, view), *held_events(held, texts)])
             return [*read_trace(files, view), *events]
 
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        return await on_thread(work)
 
     async def tool_result(self, session_id: str, call_id: str) -> Json | None:
         """The message with a tool's result."""
         files = session_files(self.record(session_id))
         messages = await self._unwritten(session_id, files)
-        work = functools.partial(find_result, files, messages, call_id)
-        found: Json | None = await asyncio.get_running_loop().run_in_executor(None, work)
-        return found
+        return await on_thread(find_result, files, messages, call_id)
 
     def work_root(self, record: Json) -> str:
         """Where the files of a session are.  Raises NotFound."""
@@ -8207,8 +8220,7 @@ class Sessions:
         path = own_path(record, path)
         existing(session_files(record) or None, "Session trace not found")
         events = await self.trace(record["id"], "full")
-        made: bytes = await asyncio.get_running_loop().run_in_executor(None, self._difference, record, path, root, events)
-        return made
+        return await on_thread(self._difference, record, path, root, events)
 
     def _difference(self, record: Json, path: str, root: str, events: Sequence[bytes]) -> bytes:
         marks = (b'"type":"toolCall"', b'"type":"toolResult"')
@@ -8257,8 +8269,8 @@ class Sessions:
         limit = self.settings()["sessionIdleTimeoutMs"] / 1000
         for live in list(self.active.values()):
             live.breathe()
-            waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or not live.free.is_set()
-            if live.state == "ready" and not waiting and time.monotonic() - live.used > limit:
+            waiting = any(p.session is live for p in self.approvals.pending.values()) or live.dialogs or live.pi.calls
+            if live.state == "ready" and live.free.is_set() and not waiting and time.monotonic() - live.used > limit:
                 log("session", f"{live.id}: idle for {limit:.0f} s, stopping")
                 asyncio.ensure_future(live.terminate("server"))
 
@@ -8270,7 +8282,7 @@ class Sessions:
             task.cancel()
         await asyncio.gather(*starting, *(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
         mark = f"OPPI_OWNER={self.store.root}"
-        await asyncio.gather(self.containers.close(), asyncio.get_running_loop().run_in_executor(None, end_marked, mark))
+        await asyncio.gather(self.containers.close(), on_thread(end_marked, mark))
 
 
 def move_on(record: Json, file: str, path: str) -> None:
@@ -8447,14 +8459,18 @@ class Apns:
         if stamp != self._stamp:
             self._stamp, self._config, self._jwt = stamp, {}, ("", 0.0)
             try:
-                given = obj(parse_json(read_regular(self.path))) if stamp else {}
-                wrong = [name for name in ("keyPath", "keyId", "teamId", "bundleId") if stamp and not _is_text(given.get(name))]
-                if stamp and (wrong or given.get("environment", "sandbox") not in APNS_HOSTS):
-                    raise ValueError(f"{', '.join(wrong) or 'environment'} is missing or wrong")
-                self._config = given
+                self._config = self.read() if stamp else {}
             except (OSError, ValueError) as error:
                 log("push", f"{self.path}: {error}; nothing is sent to Apple")
         return self._config
+
+    def read(self) -> Json:
+        """What the file says.  Raises OSError, or ValueError if it is not right."""
+        given = obj(parse_json(read_regular(self.path)))
+        wrong = [name for name in ("keyPath", "keyId", "teamId", "bundleId") if not _is_text(given.get(name))]
+        if wrong or given.get("environment", "sandbox") not in APNS_HOSTS:
+            raise ValueError(f"{', '.join(wrong) or 'environment'} is missing or wrong")
+        return given
 
     def jwt(self, fresh: bool = False) -> str:
         """The token that says who sends, ES256, made anew before an hour is over.  Raises OSError or ValueError."""
@@ -8485,15 +8501,14 @@ class Apns:
         host = config.get("host") or APNS_HOSTS[config.get("environment", "sandbox")]
         for fresh in (False, True):
             try:
-                jwt = await asyncio.get_running_loop().run_in_executor(None, self.jwt, fresh)
-            except (OSError, ValueError) as error:
+                jwt = await on_thread(self.jwt, fresh)
+            except (OSError, TypeError, ValueError) as error:  # TypeError: of a key with a password
                 return -1, str(error)
             fields = [("url", f"{host}/3/device/{token}"), ("proto", "=https"), ("data-raw", dumps(payload))]
             fields += [("header", f"{name}: {value}") for name, value in (("authorization", f"bearer {jwt}"), *headers.items())]
             fields += [("cacert", config["caFile"])] if config.get("caFile") else []
             status, reason = await curl([*fields, ("http2", "true"), ("header", "content-type: application/json")])
-            with contextlib.suppress(ValueError):
-                reason = str(obj(parse_json(reason.encode())).get("reason") or reason)
+            reason = str(_object(reason).get("reason") or reason)
             if status != 403 or reason not in STALE_JWT:
                 break
         return status, reason
@@ -8638,9 +8653,7 @@ class Notifier:
             work.close()
             log("push", "too many notes are under way; one is left out")
             return
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        spawn(self.tasks, work)
 
     async def _tries(self, send: Callable[[], Any], note: Note | None = None) -> tuple[int, str]:
         """Send, again after a while if the other side may take it then, and as long as it matters."""
@@ -8725,12 +8738,14 @@ class Request:
     """One HTTP request.  `parts` are the decoded path segments, `query` the decoded parameters."""
 
     def __init__(self, method: str, target: str, headers: dict[str, str], peer: str) -> None:
-        import urllib.parse
-
         self.method, self.headers, self.peer, self.body = method, headers, peer, b""
         self.path, _, self.raw_query = target.partition("?")
-        self.parts = [urllib.parse.unquote(part, errors="strict") for part in self.path.split("/")[1:]]
-        self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
+        self.parts, self.query = self.path.split("/")[1:], {}
+        if "%" in self.path or self.raw_query:
+            import urllib.parse
+
+            self.parts = [urllib.parse.unquote(part, errors="strict") for part in self.parts]
+            self.query = dict(urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True))
 
     def named_paths(self) -> list[str]:
         """What `path=` may mean: app 1.0 escapes neither `+` nor `&` in it.  Raises BadRequest when it is missing."""
@@ -8750,7 +8765,7 @@ class Request:
         except ValueError:
             raise BadRequest("Invalid JSON") from None
         require(isinstance(value, dict), "Request body must be a JSON object")
-        return cast(Json, value)
+        return cast("Json", value)
 
 
 def parse_head(head: bytes, peer: str) -> Request:
@@ -8915,7 +8930,7 @@ class Connection:
         """The bytes of an answer; a large one is made on a thread."""
         make = functools.partial(response_bytes, reply, close, "gzip" in request.headers.get("accept-encoding", ""))
         large = isinstance(reply.body, bytes) and len(reply.body) > CHUNK
-        data = await asyncio.get_running_loop().run_in_executor(None, make) if large else make()
+        data = await on_thread(make) if large else make()
         return data[: data.index(b"\r\n\r\n") + 4] if request.method == "HEAD" else data
 
     async def _upgrade(self, request: Request, head: bytes) -> None:
@@ -8956,7 +8971,7 @@ class Client:
         self.subscribed_at: deque[float] = deque(maxlen=30)
         self.subscribing: dict[Any, asyncio.Event] = {}  # session id -> set when its subscribe is answered
         self.blocked = self.accepted = False
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()  # they end when the token is revoked
         self.ready = asyncio.Event()  # set once the first frames of a per-session socket are out
         self.missed = 0  # pings without a pong
         self.heard, self.asked = time.monotonic(), 0.0  # when the phone last sent anything; when it was asked to
@@ -9003,7 +9018,7 @@ class Client:
             self.transport.abort()
         elif unsent > WRITE_HIGH and not self.blocked:
             self.blocked = True
-            self.spawn(self._unblock())
+            spawn(self.tasks, self._unblock())
         if self.protocol.close_expected():
             self.accepted = False
             asyncio.get_running_loop().call_later(1, self.transport.close)
@@ -9019,12 +9034,6 @@ class Client:
                     self._send(encode(waiting.popleft()))
         if not waiting:
             self.outbox.size = 0
-
-    def spawn(self, work: Any) -> None:
-        """Do something beside; it ends when the token is revoked."""
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     def received(self, data: bytes) -> None:
         """Bytes of the peer; b"" at its end."""
@@ -9066,7 +9075,7 @@ class Client:
                 self.close(1008, "Too many messages at once")
             elif frame.fin:
                 data, self._partial = b"".join(self._partial), []
-                self.spawn(self.api.message(self, data))
+                spawn(self.tasks, self.api.message(self, data))
 
     def ping(self) -> None:
         """Called every PING_S: ask for a sign of life, give up after PINGS_MISSED without one."""
@@ -9441,17 +9450,13 @@ class Api:
     # skills, extensions, host
 
     async def skills(self, request: Request) -> Json:
-        return {"skills": await self._work(self.server.store.skills.all)}
-
-    async def _work(self, work: Callable[..., Any], *given: Any) -> Any:
-        """Do what waits for the disk on a thread."""
-        return await asyncio.get_running_loop().run_in_executor(None, work, *given)
+        return {"skills": await on_thread(self.server.store.skills.all)}
 
     async def rescan_skills(self, request: Request) -> Json:
-        return {"changed": await self._work(self.server.store.skills.rescan), **await self.skills(request)}
+        return {"changed": await on_thread(self.server.store.skills.rescan), **await self.skills(request)}
 
     async def skill_detail(self, request: Request, name: str) -> Json:
-        return cast(Json, await self._work(self.server.store.skills.detail, name))
+        return await on_thread(self.server.store.skills.detail, name)
 
     async def skill_file(self, request: Request, name: str) -> Json:
         return {"content": await self._first_path(request, functools.partial(self.server.store.skills.read, name))}
@@ -9461,8 +9466,8 @@ class Api:
         *others, last = request.named_paths()
         for path in others:
             with contextlib.suppress(NotFound):
-                return await self._work(read, path)
-        return await self._work(read, last)
+                return await on_thread(read, path)
+        return await on_thread(read, last)
 
     async def own_skills(self, request: Request) -> Json:
         skills, workspaces = self.server.store.skills, list(self.server.store.workspaces.values())
@@ -9471,7 +9476,7 @@ class Api:
             enabled = [w["id"] for w in workspaces if skill["name"] in arr(w.get("skills"))]
             return {**skill, **skills.details(skill), "enabledIn": enabled}
 
-        return {"skills": await self._work(lambda: [described(skill) for skill in skills.all()])}
+        return {"skills": await on_thread(lambda: [described(skill) for skill in skills.all()])}
 
     async def copy_skill(self, request: Request) -> Reply:
         """Make a skill of a folder in a session's workspace."""
@@ -9490,45 +9495,45 @@ class Api:
             files = gather(top, os.path.relpath(source, top), self.server.sessions.sensitive)
             return self.server.store.skills.save(body["name"], files)
 
-        return Reply(201, {"skill": await self._work(work)})
+        return Reply(201, {"skill": await on_thread(work)})
 
     async def edit_skill(self, request: Request, name: str) -> Json:
         body = request.json()
         files = body.get("files") or {}
         require(isinstance(files, dict), "files must be texts by path")
-        return {"skill": await self._work(self.server.store.skills.edit, name, body.get("content"), files)}
+        return {"skill": await on_thread(self.server.store.skills.edit, name, body.get("content"), files)}
 
     async def delete_skill(self, request: Request, name: str) -> Reply:
-        await self._work(self.server.store.skills.delete, name)
+        await on_thread(self.server.store.skills.delete, name)
         return Reply(204)
 
     async def extensions(self, request: Request) -> Json:
-        return {"extensions": await self._work(list_extensions)}
+        return {"extensions": await on_thread(list_extensions)}
 
     async def host_directories(self, request: Request) -> Json:
-        return {"directories": await self._work(host_directories, request.query.get("root", ""))}
+        return {"directories": await on_thread(host_directories, request.query.get("root", ""))}
 
     # themes
 
     async def themes(self, request: Request) -> Json:
-        return {"themes": await self._work(self.server.store.themes.all)}
+        return {"themes": await on_thread(self.server.store.themes.all)}
 
     async def show_theme(self, request: Request, name: str) -> Json:
-        return {"theme": await self._work(self.server.store.themes.read, name)}
+        return {"theme": await on_thread(self.server.store.themes.read, name)}
 
     async def save_theme(self, request: Request, name: str) -> Reply:
-        theme = await self._work(self.server.store.themes.save, name, request.json().get("theme"))
+        theme = await on_thread(self.server.store.themes.save, name, request.json().get("theme"))
         return Reply(201, {"theme": theme, "saved": True})
 
     async def delete_theme(self, request: Request, name: str) -> Json:
-        await self._work(self.server.store.themes.delete, name)
+        await on_thread(self.server.store.themes.delete, name)
         return {"deleted": True}
 
     # workspaces
 
     def workspace(self, key: str) -> Json:
         """Raises NotFound."""
-        return cast(Json, existing(self.server.store.workspaces.get(key), "Workspace not found"))
+        return existing(self.server.store.workspaces.get(key), "Workspace not found")
 
     async def _shown(self, request: Request, *records: Json) -> list[Json]:
         """Workspaces as the app that asks decodes them."""
@@ -9538,7 +9543,7 @@ class Api:
         return [workspace_wire(record, dialect, skills, problem) for record in records]
 
     async def _skill_names(self) -> set[str]:
-        return {skill["name"] for skill in await self._work(self.server.store.skills.all)}
+        return {skill["name"] for skill in await on_thread(self.server.store.skills.all)}
 
     async def workspaces(self, request: Request) -> Json:
         known = self.server.store.workspaces
@@ -9660,7 +9665,7 @@ class Api:
             events += live.unwritten(self.admit(request), events)
         events[:1] = [b'{"session":' + self.server.store.wire(record) + b',"trace":[' + b"".join(events[:1])]
         events[-1] += b"]}"
-        return Reply(200, await asyncio.get_running_loop().run_in_executor(None, b",".join, events))
+        return Reply(200, await on_thread(b",".join, events))
 
     async def tool_output(self, request: Request, key: str, session_id: str, call_id: str) -> Json:
         self.session(key, session_id)
@@ -9672,7 +9677,7 @@ class Api:
         since = request.query.get("since", "0")
         require(re.fullmatch(r"\d{1,15}", since), "since must be a non-negative integer")
         record = self.session(key, session_id)
-        live: LiveSession = existing(self.server.sessions.active.get(session_id), "Session not active")
+        live = existing(self.server.sessions.active.get(session_id), "Session not active")
         live.flush()
         events, complete = live.log.since(int(since))
         found = {"events": events, "currentSeq": live.log.seq, "catchUpComplete": complete}
@@ -9682,7 +9687,7 @@ class Api:
         self.workspace(key)
         if "sessionId" in request.query:
             self.session(key, request.query["sessionId"])
-        return Reply(200, await self._work(self.server.sessions.graph, key, request.query))
+        return Reply(200, await on_thread(self.server.sessions.graph, key, request.query))
 
     async def session_file(self, request: Request, key: str, session_id: str) -> Reply:
         """A file of the workspace, as it is."""
@@ -9712,7 +9717,7 @@ class Api:
             if isinstance(body.get(name), (str, int, float)):
                 stated[name] = body[name][:200] if isinstance(body[name], str) else body[name]
         line = encode({"receivedAt": now_ms(), **stated, "sessionId": session_id, "workspaceId": key, "entries": entries})
-        await self._work(append_line, self.server.store.path("client-logs", session_id + ".jsonl"), line, LOG_LIMIT)
+        await on_thread(append_line, self.server.store.path("client-logs", session_id + ".jsonl"), line, LOG_LIMIT)
         return {"ok": True, "accepted": len(entries)}
 
     async def stop_session(self, request: Request, key: str, session_id: str) -> Json:
@@ -9806,8 +9811,7 @@ class Api:
         return Reply(201, {"rule": rule_view(same or rule)})
 
     def _stored_rule(self, key: str) -> Json:
-        found = next((rule for rule in self.server.store.rules.now() if rule.get("id") == key), None)
-        return cast(Json, existing(found, "Rule not found"))
+        return existing(next((rule for rule in self.server.store.rules.now() if rule.get("id") == key), None), "Rule not found")
 
     async def change_rule(self, request: Request, key: str) -> Json:
         patch = {name: value for name, value in request.json().items() if name in RULE_FIELDS}
@@ -9828,9 +9832,7 @@ class Api:
         require(good, "limit must be an integer between 1 and 500")
         require(re.fullmatch(r"\d{1,18}", before) and int(before), "before must be a positive integer timestamp")
         own, end, read = self._wanted(request), int(before), self.server.store.audit.entries
-        entries: list[Json] = await asyncio.get_running_loop().run_in_executor(
-            None, read, int(limit), lambda entry: own(entry) and whole(entry.get("timestamp")) < end
-        )
+        entries = await on_thread(read, int(limit), lambda entry: own(entry) and whole(entry.get("timestamp")) < end)
         return {"entries": [{"risk": "low", "layer": "", "displaySummary": "", **entry} for entry in entries]}
 
     async def fallback(self, request: Request) -> Json:
@@ -9871,7 +9873,7 @@ class Api:
             client.subscriptions[client.session_id] = "full"  # from here on it misses nothing
             if live:
                 live.catch_up(client)
-            client.spawn(self._begin(client, list(self.server.approvals.pending)))
+            spawn(client.tasks, self._begin(client, list(self.server.approvals.pending)))
 
     def _connected(self, record: Json) -> Json:
         return {**_session_frame("connected", record), "currentSeq": self.server.sessions.seq(record["id"])}
@@ -9917,9 +9919,9 @@ class Api:
             raise BadRequest("Invalid JSON payload") from None
         require(isinstance(body, dict), "Message payload must be a JSON object")
         require(_is_text(body.get("type")), "Message type is required")
-        if not isinstance(body.get("requestId", ""), str):
+        if not isinstance(body.get("requestId", ""), str) or len(body.get("requestId", "")) > ID_LIMIT:
             del body["requestId"]
-        return cast(Json, body)
+        return cast("Json", body)
 
     def _failed(self, client: Client, body: Json, text: str, code: str = "") -> None:
         """Tell a phone that its message failed: a failed result if it asked for one, else an error.
@@ -10021,7 +10023,7 @@ class Api:
             if live and kind == "stop_session":
                 await live.terminate()
             elif live:
-                live.stop()
+                await live.stop()
             if body.get("requestId"):
                 reply(_result_of(body))
         elif kind == "get_state":
@@ -10055,7 +10057,7 @@ class Api:
                 raise PiFailed(f"The answer to {kind} is too large for a phone")
             frames = [STATE, answer] if row.after == "_after_switch" else [answer, *states]
         except OppiError as error:
-            text = "Already compacted" if re.search("already compacted", str(error), re.I) else str(error)
+            text = "Already compacted" if re.search("already compacted", str(error), re.I) else fitting(str(error))
             frames = [_result_of(body, error=text)]
         for frame in frames:
             live.emit(frame)
@@ -10127,8 +10129,7 @@ class Api:
 
     async def _after_switch(self, live: LiveSession, data: Any, body: Json) -> tuple[Any, list[Json]]:
         live.queue_gone()  # or it would be played in the other conversation
-        if live.running:
-            live.idle()
+        live.idle()
         await live.refresh()
         return data, []
 
@@ -10154,13 +10155,9 @@ def entry_of(event_id: str) -> str:
     return re.sub(r"-(text|think|tool)-\d+$", "", event_id)
 
 
-def _request_of(body: Json) -> Json:
-    return {"requestId": body["requestId"]} if body.get("requestId") else {}
-
-
 def _result_of(body: Json, data: Any = None, error: str = "") -> Json:
     """The result of a phone's message."""
-    return result(str(body["type"]), _request_of(body), data, error)
+    return result(str(body["type"]), {name: body[name] for name in ("requestId",) if body.get(name)}, data, error)
 
 
 def _code_of(error: Exception) -> Json:
@@ -10178,6 +10175,7 @@ def _session_frame(kind: str, record: Json) -> Json:
 WATCH_S = 0.5  # a revoked device is disconnected within a second
 SWITCH_S = 0.0005  # how soon the loop gets the interpreter back from a thread that reads a large session
 LAST_USED_MS = 300_000  # how stale a device's last use may be on disk
+TLS_PROBLEM = "config.tls.mode: only `disabled` is supported so far. Set it with: {} config set tls.mode disabled"
 
 
 def complaint(error: BaseException) -> str:
@@ -10238,13 +10236,11 @@ class Server:
             raise UsageError(f"Another oppi server is running on {self.store.root}") from None
         self.note()
         if self.settings["tls.mode"] != "disabled":
-            raise UsageError(
-                "config.tls.mode: only `disabled` is supported so far. Set it with: oppi config set tls.mode disabled"
-            )
+            raise UsageError(TLS_PROBLEM.format(called()))
         self.store.owner_token()
         if not in_child(self.store.check_identity):
             sys.exit(1)
-        _, self.fingerprint = self.store.identity()
+        self.fingerprint = self.store.settings()["identity.fingerprint"]
         self.store.load()
         self.reload()
 
@@ -10299,7 +10295,7 @@ class Server:
 
     def redeem(self, pairing_token: str) -> str:
         """A device token for an app 1.1 invite's secret, or ""."""
-        device: str = self.store.change_access(lambda access: access.redeem(pairing_token, now_ms()))
+        device = self.store.change_access(lambda access: access.redeem(pairing_token, now_ms()))
         self.reload()
         return device
 
@@ -10327,7 +10323,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         if self.store.unclean:
-            await loop.run_in_executor(None, end_marked, f"OPPI_OWNER={self.store.root}")
+            await on_thread(end_marked, f"OPPI_OWNER={self.store.root}")
         given = os.environ.get("OPPI_AUTH_PROXY_PORT", str(PROXY_PORT))
         good = re.fullmatch(r"[1-9]\d{0,4}", given) and int(given) < 65536
         if not good:
@@ -10347,7 +10343,7 @@ class Server:
 
     async def _warm(self) -> None:
         """Ask pi what it is, so that no phone has to wait for it."""
-        await asyncio.get_running_loop().run_in_executor(None, self.store.skills.rescan)
+        await on_thread(self.store.skills.rescan)
         await self.pi.known_version()
         await self.pi.known_models()
         if any(map(in_container, self.store.workspaces.values())):
@@ -10379,7 +10375,7 @@ class Server:
         await self.sessions.close()
         await self.proxy.close()
         await self.edge.close()
-        await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+        await on_thread(self.store.close)
 
 
 # ═══════════════════════════════════ 19. Terminal phone ══════════════════════════════════
@@ -10467,12 +10463,7 @@ class TerminalPhone:
         self.line_open = not text.endswith("\n")
 
     def send(self, kind: str, **fields: Any) -> None:
-        self.spawn(self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
-
-    def spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        spawn(self.tasks, self.socket.send(dumps({"type": kind, "sessionId": self.session_id, **fields})))
 
     async def run(self) -> None:
         from websockets.asyncio.client import connect
@@ -10508,7 +10499,7 @@ class TerminalPhone:
     def leave(self) -> None:
         self.leaving = True
         if not self.busy:
-            self.spawn(self.socket.close())
+            spawn(self.tasks, self.socket.close())
 
     def one_key(self, on: bool) -> None:
         """Read single keys, or lines again."""
@@ -10650,7 +10641,7 @@ def terminal_phone(store: Store, host: str, port: int, **how: Any) -> Iterator[T
 def cmd_chat(store: Store, args: argparse.Namespace) -> int:
     server = running(store.root)
     if not server.get("port"):
-        raise UsageError("The server does not run. Start it with: oppi serve")
+        raise UsageError(f"The server does not run. Start it with: {called()} serve")
     with terminal_phone(store, server["host"], server["port"]) as phone:
         phone.open(args.session or "")
         asyncio.run(phone.run())
@@ -10680,11 +10671,6 @@ def demo_agent(argv: Sequence[str]) -> None:
         content = [{"type": "text", "text": f"{text} "}, *calls]
         tell("message_end", message={"role": "assistant", "content": content, "stopReason": "toolUse" if calls else "stop"})
 
-    def asked(answer: Json) -> bool:
-        with contextlib.suppress(ValueError):
-            return obj(parse_json(str(answer.get("value")))).get("verdict") == "allow"
-        return False
-
     def finish(allowed: bool) -> None:
         text = "Blocked by the person with the phone"
         if allowed:
@@ -10703,7 +10689,7 @@ def demo_agent(argv: Sequence[str]) -> None:
         command = obj(parse_json(line))
         kind, data = str(command.get("type")), {"sessionId": "demo", "isStreaming": False, "messageCount": 0}
         if kind == "extension_ui_response" and command.get("id") == "call":
-            finish(asked(command))
+            finish(_object(str(command.get("value"))).get("verdict") == "allow")
         elif kind != "extension_ui_response":
             tell("response", id=command.get("id"), command=kind, success=True, data=data)
         if kind == "prompt":
@@ -10718,7 +10704,6 @@ def demo_agent(argv: Sequence[str]) -> None:
 
 def cmd_demo(store: Store, args: argparse.Namespace) -> int:
     """One turn on a private server; nothing of it stays."""
-    import shlex
     import tempfile
 
     program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
@@ -10737,7 +10722,7 @@ def cmd_demo(store: Store, args: argparse.Namespace) -> int:
         with open(os.path.join(folder, "log"), "w+b") as log_file:
             server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, stdin=subprocess.DEVNULL, env=env)
             try:
-                line = cast(Any, server.stdout).readline()
+                line = cast("Any", server.stdout).readline()
                 if not line:
                     log_file.seek(0)
                     raise UsageError(f"The server did not start: {log_file.read().decode('utf-8', 'replace').strip()}")
@@ -10760,7 +10745,7 @@ def play_demo(store: Store, port: int, project: str, args: argparse.Namespace) -
     for entry in entries:
         print(f"  Audit: {entry.get('tool')} {entry.get('decision')} by {entry.get('resolvedBy')}: {entry.get('displaySummary')}")
     gone = not os.path.exists(os.path.join(project, "draft.txt"))
-    print("  The server ends now, and nothing of it stays. Yours starts with: oppi serve")
+    print(f"  The server ends now, and nothing of it stays. Yours starts with: {called()} serve")
     return 0 if entries and gone == (entries[0].get("decision") == "allow") else 1
 
 
@@ -10790,9 +10775,19 @@ def show(args: argparse.Namespace, facts: Any, lines: Iterable[str] | None = Non
     return code
 
 
+def called() -> str:
+    """What a person types in this folder to call this program."""
+    import shlex
+
+    if os.path.basename(sys.argv[0]) == "oppi":  # a link or an alias of that name
+        return "oppi"
+    path = ARCHIVE or os.path.abspath(__file__)
+    return f"python3 {shlex.quote(min(path, os.path.relpath(path), key=len))}"
+
+
 def need(given: Any, usage: str) -> None:
     if not given:
-        raise UsageError(f"Usage: oppi {usage}")
+        raise UsageError(f"Usage: {called()} {usage}")
 
 
 def clock(ms: Any, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -10806,24 +10801,22 @@ def at_terminal(stream: Any) -> bool:
 
 def quick(*argv: str) -> str:
     """What a helper program prints; "" if it is missing, slow or fails."""
-    if shutil.which(argv[0]):
+    if any(os.access(os.path.join(folder, argv[0]), os.X_OK) for folder in os.get_exec_path()):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(argv, capture_output=True, text=True, timeout=3, check=True, stdin=subprocess.DEVNULL)
             return done.stdout.strip()
     return ""
 
 
-def host_names() -> Json:
-    """The names and addresses of this machine, "" where there is none."""
-    status: Any = {}
-    with contextlib.suppress(ValueError):
-        status = parse_json(quick("tailscale", "status", "--json"))
-    local = quick("scutil", "--get", "LocalHostName")
+def host_names(ask: Callable[..., str] = quick) -> Json:
+    """The names and addresses of this machine, "" where there is none; `ask` has what programs print."""
+    status = _object(ask("tailscale", "status", "--json"))
+    local = ask("scutil", "--get", "LocalHostName")
     if not local and os.path.exists("/run/avahi-daemon/socket"):
         local = short_host()
     return {
-        "tailscaleName": str(obj(obj(status).get("Self")).get("DNSName") or "").rstrip("."),
-        "tailscaleIp": quick("tailscale", "ip", "-4").partition("\n")[0],
+        "tailscaleName": str(obj(status.get("Self")).get("DNSName") or "").rstrip("."),
+        "tailscaleIp": ask("tailscale", "ip", "-4").partition("\n")[0],
         "localName": f"{local}.local" if local else "",
         "lanIp": lan_ip(),
     }
@@ -10850,7 +10843,7 @@ def invite_host(given: str | None, bound: str) -> tuple[str, str]:
     for name in ("localName", "lanIp", "tailscaleName", "tailscaleIp"):
         if names[name]:
             return names[name], "tailnet" if name.startswith("tailscale") else "local network"
-    raise UsageError("No address of this machine was found for the invite. Give one: oppi pair --host NAME")
+    raise UsageError(f"No address of this machine was found for the invite. Give one: {called()} pair --host NAME")
 
 
 def running(root: str) -> Json:
@@ -10871,8 +10864,7 @@ def invite_age(settings: Settings, seconds: int | None = None) -> int:
 
 def make_invites(store: Store, host: str, port: int, label: str, ttl_s: int) -> tuple[Json, Json]:
     """Fresh invites for app 1.1 and app 1.0; their secrets are stored hashed."""
-    store.check_identity()
-    private, print_ = store.identity()
+    private, print_ = store.check_identity()
     settings, now, pairing, pending = store.settings(), now_ms(), new_token("pt"), new_token("dt")
     key_id, age, ttl_s = settings["identity.keyId"], invite_age(settings), invite_age(settings, ttl_s)
     invite = Invite(host, port, pairing, label, print_, settings["security.profile"])
@@ -10955,12 +10947,12 @@ def open_picture(png: bytes, seconds: int) -> None:
 
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     if not shutil.which(opener):
-        raise UsageError(f"{opener} is not installed; write the picture to a file instead: oppi pair --png FILE")
+        raise UsageError(f"{opener} is not installed; write the picture to a file instead: {called()} pair --png FILE")
     with tempfile.TemporaryDirectory(prefix="oppi-") as folder:
         path = os.path.join(folder, "pair.png")
         write_file(path, png)
         if subprocess.run([opener, path], stdin=subprocess.DEVNULL, check=False).returncode:
-            raise UsageError(f"{opener} could not show the picture; write it to a file instead: oppi pair --png FILE")
+            raise UsageError(f"{opener} could not show the picture; write it to a file instead: {called()} pair --png FILE")
         print(f"  Scan the picture within {seconds} seconds, then press Enter", flush=True)
         select.select([sys.stdin], [], [], seconds)
 
@@ -10972,7 +10964,7 @@ def invite_lines(app: str, invite: Json, seconds: int, room: tuple[int, int]) ->
     form = "  \033[30;107m{}\033[0m" if at_terminal(sys.stdout) and "NO_COLOR" not in os.environ else "  {}"
     whole_size = qr_lines(code)
     wish = f"  This window is too small for the code: it needs {len(whole_size[0]) + 2} columns and {len(whole_size) + 3} lines."
-    shown = [form.format(line) for line in lines] or [wish, f"  Or see it as a picture: oppi pair --app {app} --open"]
+    shown = [form.format(line) for line in lines] or [wish, f"  Or see it as a picture: {called()} pair --app {app} --open"]
     return [f"  Oppi app {APPS[app]}: scan within {seconds} seconds, works once", *shown]
 
 
@@ -11010,8 +11002,8 @@ def pair_lines(lives: dict[str, tuple[Json, int]]) -> list[str]:
     blocks = [[*invite_lines(app, invite, s, room), "", f"  {invite_link(invite)}", ""] for app, (invite, s) in lives.items()]
     if not room[1] or sum(map(len, blocks)) + 12 <= room[1] or not room[0]:  # the links fill several lines
         return list(itertools.chain(*blocks))
-    more = ["App 1.0: oppi pair --app 1.0"] if len(lives) > 1 else []
-    return [*blocks[0][:-3], "  " + "   ".join([*more, "As a picture: oppi pair --open"])]
+    more = ["App 1.0: pair --app 1.0"] if len(lives) > 1 else []
+    return [*blocks[0][:-3], "  " + "   ".join([*more, "As a picture: pair --open"])]
 
 
 def cmd_token(store: Store, args: argparse.Namespace) -> int:
@@ -11030,7 +11022,7 @@ def cmd_token(store: Store, args: argparse.Namespace) -> int:
 
     store.change_config(rotate)
     store.change_access(forget)
-    kept = "Devices keep their tokens." if args.keep_devices else "Every device must pair again: oppi pair"
+    kept = "Devices keep their tokens." if args.keep_devices else f"Every device must pair again: {called()} pair"
     return show(args, {"rotated": True, "devicesKept": args.keep_devices}, [f"Owner token rotated. {kept}"])
 
 
@@ -11043,14 +11035,14 @@ def list_devices(store: Store, args: argparse.Namespace) -> int:
     for row in rows:
         used = clock(row["lastUsedAt"]) if whole(row.get("lastUsedAt")) else "-"
         lines.append(f"{row['id']:<20} {used:<17} {KINDS.get(str(row['kind']), ''):<8} {row['name']}")
-    return show(args, {"devices": rows}, lines or ["No devices. Pair a phone with: oppi pair"])
+    return show(args, {"devices": rows}, lines or [f"No devices. Pair a phone with: {called()} pair"])
 
 
 def add_device(store: Store, args: argparse.Namespace) -> int:
     store.settings()
     need(args.name, "devices add NAME")
     token = new_token("dt")
-    device: Json = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
+    device = store.change_access(lambda access: dict(access.add(args.name, token, "script", now_ms())))
     lines = [f"Token of {args.name}, shown only now:", f"  {token}"] if at_terminal(sys.stdout) else [token]
     return show(args, {"id": device["id"], "name": args.name, "token": token}, lines)
 
@@ -11058,7 +11050,7 @@ def add_device(store: Store, args: argparse.Namespace) -> int:
 def revoke_device(store: Store, args: argparse.Namespace) -> int:
     store.settings()
     need(args.name, "devices revoke NAME")
-    gone: list[str] = store.change_access(lambda access: access.revoke(args.name))
+    gone = store.change_access(lambda access: access.revoke(args.name))
     if token := store.read_access().moved.get(args.name):
         gone.append(args.name)
         store.change_config(lambda raw: raw.update(authDeviceTokens=[t for t in raw["authDeviceTokens"] if t != token]))
@@ -11089,7 +11081,7 @@ def cmd_serve(store: Store, args: argparse.Namespace) -> int:
             greet(server, host, port)
 
     # asyncio loads OpenSSL if it can, which takes 6 ms; nothing here speaks TLS by itself.
-    sys.modules.setdefault("ssl", cast(Any, None))
+    sys.modules.setdefault("ssl", cast("Any", None))
     asyncio.run(server.run(host, port, announce))
     return 0
 
@@ -11108,7 +11100,7 @@ def greet(server: Server, host: str, port: int) -> None:
     for problem in pi_problems(server.pi):
         print(f"  Missing: {problem}")
     if devices:
-        print(f"  Devices      {devices} paired; pair another with: oppi pair")
+        print(f"  Devices      {devices} paired; pair another with: {called()} pair")
     print("  Stop with Ctrl+C", flush=True)
     if not devices:
         program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
@@ -11145,10 +11137,246 @@ def cmd_status(store: Store, args: argparse.Namespace) -> int:
         "Local Network",
         f"  Address       {names['localName'] or names['lanIp'] or 'none'}",
         "Pairing",
-        f"  Devices       {devices or 'not paired; run: oppi pair'}",
+        f"  Devices       {devices or f'not paired; run: {called()} pair'}",
         f"  Sessions      {sessions}",
     ]
     return show(args, facts, lines)
+
+
+# doctor: asks every program at once, so that what hangs costs one time limit; writes nothing, and says no secret.
+
+ANSWER_S, HEALTH_S = 4.0, 1.0  # how long a program may take, and who listens at the port
+LITTLE_SPACE, NO_SPACE = 2 * 2**30, 200 * 2**20  # bytes: worth a warning; too few for a server
+SIGNS = {"ok": (32, "✓"), "warn": (33, "!"), "fail": (31, "✗")}  # level -> colour, sign
+CONTAINER_DATA = "~/Library/Application Support/com.apple.container"
+ASLEEP, IDLE = "systemctl is-enabled sleep.target suspend.target", "loginctl show-session --property=IdleAction"
+PROBES = (
+    "node --version", "sw_vers -productVersion", "sysctl -n machdep.cpu.brand_string", "sysctl -n hw.optional.arm64",
+    "container --version", "container system status", "container system status --format json", "pmset -g custom",
+    "tailscale status --json", "tailscale ip -4", "scutil --get LocalHostName", ASLEEP, IDLE,
+)  # fmt: skip
+
+
+async def who_answers(host: str, port: int) -> str:
+    """Who listens at an address: "oppi", "another program", or "" for nobody."""
+    found = ""
+    with contextlib.suppress(OSError, EOFError, asyncio.TimeoutError, asyncio.LimitOverrunError):
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), HEALTH_S)
+        with contextlib.closing(writer):
+            found = "another program"
+            writer.write(f"GET /health HTTP/1.1\r\nHost: {at(host, port)}\r\n\r\n".encode())
+            await asyncio.wait_for(reader.readuntil(b'{"ok":true'), HEALTH_S)
+            found = "oppi"
+    return found
+
+
+def read_object(*path: str) -> Json:
+    """The JSON object in a file, {} if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return obj(parse_json(read_regular(os.path.join(*path))))
+    return {}
+
+
+def lacking(problem: str) -> tuple[str, str, str]:
+    """A failure, of a sentence that says what is missing and one that ends with the command."""
+    text, _, advice = problem.partition(". ")
+    return "fail", f"missing: {text}", advice.partition(": ")[2]
+
+
+class Checkup:
+    """The checks, and what programs said.  Each yields (whether it is so, level, what to say, command that mends it),
+    of which the first that is so counts."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.server, self.broken = store, running(store.root), ""
+        try:
+            self.settings = Settings(store.read_config())
+        except UsageError as error:
+            self.settings, self.broken = Settings({}), str(error)
+        self.env = host_environment(self.settings, store.root)
+        self.agent, self.mac = PiInfo(lambda: self.env), self.has("sw_vers")
+        self.host = str(self.server.get("host") or self.settings["host"])
+        self.port = whole(self.server.get("port") or self.settings["port"])
+
+    def has(self, program: str) -> bool:
+        return shutil.which(program, path=self.env["PATH"]) is not None
+
+    async def look(self) -> None:
+        argvs = {line: line.split() for line in PROBES if self.has(line.split()[0])}
+        argvs.update({"pi --version": [self.agent.path(), "--version"]} if self.agent.path() else {})
+        answers = await asyncio.gather(*(run_program(argv, self.env, ANSWER_S) for argv in argvs.values()))
+        self.said = dict(zip(argvs, answers))
+        self.names = host_names(lambda *argv: self.out(" ".join(argv)))
+        if self.settings["security.profile"] == "strict":  # which refuses the local network
+            self.names.update(localName="", lanIp="")
+        self.wild = self.host in ("0.0.0.0", "::")
+        self.who = await who_answers(self.names["lanIp"] or "127.0.0.1" if self.wild else self.host, self.port)
+
+    def out(self, line: str) -> str:
+        """What a command printed, "" unless it worked."""
+        code, out, _ = self.said.get(line, (-1, "", ""))
+        return "" if code else out.strip()
+
+    def why(self, line: str) -> str:
+        """Why a command is of no use."""
+        code, _, reason = self.said.get(line, (-1, "", "not installed"))
+        return reason if code == -1 else f"`{line}` ended with {code}" if code else f"`{line}` says nothing of use"
+
+    def python(self) -> Iterator[Any]:
+        import importlib.util
+
+        absent = [name for name in ("websockets", "cryptography", "qrcode") if not importlib.util.find_spec(name)]
+        yield absent, *lacking(complaint(ImportError(", ".join(absent))))
+        yield True, "ok", f"{sys.version.split()[0]}, with oppi {__version__}", ""
+
+    def system(self) -> Iterator[Any]:
+        name, _, release, _, machine = os.uname()
+        version, chip = self.out("sw_vers -productVersion"), self.out("sysctl -n machdep.cpu.brand_string") or machine
+        yield self.mac and not version, "warn", self.why("sw_vers -productVersion"), "sw_vers"
+        yield True, "ok", f"macOS {version} on {chip}" if self.mac else f"{name} {release} on {chip}", ""
+
+    def pi(self) -> Iterator[Any]:
+        yield from ((True, *lacking(problem)) for problem in pi_problems(self.agent))
+        code, out, err = self.said["pi --version"]
+        version = re.search(r"\d+\.\d+\.\d+", "" if code else out + err)
+        yield not version, "fail", f"{self.agent.path()} does not work: {self.why('pi --version')}", PI_INSTALL
+        models = obj(read_object(agent_dir(), "models.json").get("providers"))
+        keys = [name for name, value in self.env.items() if name.endswith("_API_KEY") and value]
+        names, number = [*read_object(agent_dir(), "auth.json"), *models, *keys], version and version.group()
+        yield names, "ok", f"{number}, set up for {', '.join(names)}", ""
+        yield True, "warn", f"{number}, but not logged in with any model provider", "pi   (then type /login)"
+
+    def node(self) -> Iterator[Any]:
+        version = self.out("node --version")
+        yield not version, "warn", f"{self.why('node --version')}; pi needs it", "see https://nodejs.org/en/download"
+        yield True, "ok", version, ""
+
+    def containers(self) -> Iterator[Any]:
+        """Never a failure: workspaces on the machine itself do without."""
+        able = self.mac and self.out("sysctl -n hw.optional.arm64") == "1"
+        yield not able, "ok", "need a Mac with Apple silicon; workspaces run on this machine itself", ""
+        system, about = self.out("sw_vers -productVersion"), self.out("container --version")
+        new, status = re.match("2[6-9]|[3-9][0-9]", system), "container system status"
+        yield not new, "warn", f"need macOS 26, this is {system or 'unknown'}", "softwareupdate --list"
+        yield not about, "warn", self.why("container --version"), "see https://github.com/apple/container/releases"
+        start = "container system start --enable-kernel-install"
+        yield self.said[status][0], "warn", f"its services do not run: {self.why(status)}", start
+        root = re.search(r'"appRoot" *: *"([^"]*)', self.out(status + " --format json").replace("\\/", "/"))
+        kernels = names_in(os.path.expanduser(f"{root.group(1) if root else CONTAINER_DATA}/kernels"))
+        yield not kernels, "warn", "no Linux kernel is installed", "container system kernel set --recommended"
+        yield True, "ok", f"{about}; its services run", ""
+
+    def config(self) -> Iterator[Any]:
+        yield self.broken, "fail", self.broken, "oppi config validate"
+        yield self.settings["tls.mode"] != "disabled", *lacking(TLS_PROBLEM.format("oppi"))
+        wrong = self.settings.warnings
+        yield wrong, "warn", f"{'; '.join(wrong)}; the defaults count", "oppi config validate"
+        yield True, "ok", self.store.root + ("" if os.path.exists(self.store.root) else ", made by the first start"), ""
+
+    def secrets(self) -> Iterator[Any]:
+        """Nobody else may read them, even if somebody opens the folder around them."""
+        root = self.store.root
+        paths = [self.store.path(name) for name in names_in(root) if not name.endswith(".pub")]
+        paths += [self.store.identity_paths(self.settings)[0], str(read_object(root, "apns.json").get("keyPath") or "")]
+        files = [path for path in map(os.path.expanduser, paths) if os.path.isfile(path)]
+        wide = [path for path in (root, *dict.fromkeys(files)) if os.path.exists(path) and os.stat(path).st_mode & 0o77]
+        names, fix = ", ".join(map(os.path.basename, wide)), f"chmod go-rwx {' '.join(map(shlex.quote, wide))}"
+        yield wide, "fail", f"others may read or change {names}", fix
+        yield True, "ok", "nobody else can read the data directory", ""
+
+    def disk(self) -> Iterator[Any]:
+        place = self.store.root
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        found = os.statvfs(place)
+        free, fix = found.f_bavail * found.f_frsize, "du -xhd1 ~ | sort -h"
+        text = f"{free / 2**30:.1f} GiB free at {place}"
+        yield from ((free < NO_SPACE, "fail", text, fix), (free < LITTLE_SPACE, "warn", text, fix), (True, "ok", text, ""))
+
+    def reach(self) -> Iterator[Any]:
+        pid, names = whole(self.server.get("pid")), dict.fromkeys(filter(None, self.names.values() if self.wild else [self.host]))
+        where, lsof = ", ".join(at(name, self.port) for name in names), f"lsof -nP -iTCP:{self.port} -sTCP:LISTEN"
+        deaf, local = self.server and self.who != "oppi", self.host in ("127.0.0.1", "::1", "localhost")
+        yield deaf, "fail", f"process {pid} does not answer at port {self.port}", f"kill {pid}; oppi serve"
+        yield self.who and not self.server, "fail", f"not running, and {self.who} has port {self.port}", lsof
+        yield local, "warn", f"{where} can be reached by no phone", "oppi config set host 0.0.0.0"
+        yield not names, "warn", "this machine has no address that a phone could reach", "oppi pair --host ADDRESS"
+        yield not self.server, "warn", f"does not run; it would be at {where}", "oppi serve"
+        yield True, "ok", f"process {pid} is at {where}", ""
+
+    def tailscale(self) -> Iterator[Any]:
+        name, ip = self.names["tailscaleName"], self.names["tailscaleIp"]
+        yield ip, "ok", name or ip, ""
+        fix = "tailscale up" if self.has("tailscale") else "see https://tailscale.com/download"
+        yield True, "warn", f"{self.why('tailscale ip -4')}; phones reach this machine only from its own network", fix
+
+    def sleep(self) -> Iterator[Any]:
+        found = re.search(r"^ *sleep +(\d+)", self.out("pmset -g custom").rpartition("AC Power:")[2], re.MULTILINE)
+        minutes, idle = found.group(1) if found else "an unknown number of", self.out(IDLE).partition("=")[2]
+        yield self.mac and minutes != "0", "warn", f"after {minutes} minutes; then no phone reaches it", "sudo pmset -c sleep 0"
+        masked = self.said.get(ASLEEP, (0, "", ""))[1].split() == ["masked"] * 2
+        fix = "sudo systemctl mask sleep.target suspend.target"
+        yield idle not in ("", "ignore") and not masked, "warn", f"when idle: {idle}; then no phone reaches it", fix
+        yield True, "ok", "not by itself", ""
+
+    def push(self) -> Iterator[Any]:
+        apns, routes = Apns(self.store.path("apns.json")), ["webhook"] if self.settings["push.webhook"] else []
+        if os.path.exists(apns.path):
+            try:
+                apns.read()
+                apns.jwt()
+                routes.append("apns")
+            except (OSError, TypeError, ValueError) as error:
+                yield True, "fail", f"apns.json: {error}", f"${{EDITOR:-vi}} {shlex.quote(apns.path)}"
+        fix = "oppi config set push.webhook https://ntfy.sh/YOUR-TOPIC"
+        yield not routes, "warn", "nothing tells you that an approval waits", fix
+        yield True, "ok", f"by {' and '.join(routes)}; try it with: oppi push test", ""
+
+    def pairing(self) -> Iterator[Any]:
+        key, file = self.store.identity_paths(self.settings)[0], self.store.path("devices.json")
+        lost = self.settings["identity.fingerprint"] and not os.path.exists(key)
+        text = f"missing: {key}, by which phones know this server; restore it, or begin anew"
+        yield lost, "fail", text, 'oppi config set identity.fingerprint ""'
+        broken = os.path.exists(file) and not read_object(file)  # reading it as the server does would set it aside
+        yield broken, "fail", f"{file} cannot be read; every phone must pair again", "oppi pair"
+        access = self.store.read_access()
+        count, owner = len(access.devices) + len(access.moved), "an" if access.owner else "no"
+        yield not count, "warn", f"nothing is paired; {owner} owner token", "oppi pair"
+        yield True, "ok", f"{count} paired; {owner} owner token", ""
+
+
+EXAMINED = {
+    "Python": Checkup.python, "System": Checkup.system, "pi": Checkup.pi, "Node": Checkup.node, "Containers": Checkup.containers,
+    "Settings": Checkup.config, "Secrets": Checkup.secrets, "Disk": Checkup.disk, "Server": Checkup.reach,
+    "Tailscale": Checkup.tailscale, "Sleep": Checkup.sleep, "Push": Checkup.push, "Pairing": Checkup.pairing,
+}  # fmt: skip
+
+
+def finding(name: str, steps: Iterator[Any]) -> Json:
+    """What a check found, harmless to show."""
+    try:
+        level, text, fix = next(rest for so, *rest in steps if so)
+    except Exception as error:
+        level, text, fix = "fail", str(error), "oppi config validate"
+    fix = re.sub(r"\boppi(?= [a-z])", lambda _: called(), redact(fix))
+    return {"name": name, "level": level, "text": redact(" ".join(text.split()))[:400], "fix": fix}
+
+
+def finding_lines(row: Json) -> Iterator[str]:
+    import textwrap
+
+    form = "\033[{}m{}\033[0m" if at_terminal(sys.stdout) and "NO_COLOR" not in os.environ else "{1}"
+    first, *rest = textwrap.wrap(row["text"], 80 - 13) or [""]
+    yield f"{form.format(*SIGNS[row['level']])} {row['name']:<10} {first}"
+    yield from (" " * 13 + line for line in (*rest, *([f"→ {row['fix']}"] if row["fix"] else [])))
+
+
+def cmd_doctor(store: Store, args: argparse.Namespace) -> int:
+    checkup = Checkup(store)
+    asyncio.run(checkup.look())
+    rows = [finding(name, check(checkup)) for name, check in EXAMINED.items()]
+    good = all(row["level"] != "fail" for row in rows)
+    return show(args, {"ok": good, "checks": rows}, itertools.chain(*map(finding_lines, rows)), int(not good))
 
 
 def config_show(store: Store, args: argparse.Namespace) -> int:
@@ -11169,7 +11397,7 @@ def config_set(store: Store, args: argparse.Namespace) -> int:
         for key in KEYS:
             if not key.state:
                 print(f"  {key.path:<42} {dumps(settings[key.path]):<12} {key.help}")
-        raise UsageError("Usage: oppi config set KEY VALUE")
+        raise UsageError(f"Usage: {called()} config set KEY VALUE")
     path, value = args.key, parse_setting(args.key, args.value)
     changes = {f"{path}.{name}": inner for name, inner in value.items()} if path in SECTIONS else {path: value}
     store.settings()
@@ -11201,7 +11429,7 @@ def cmd_env(store: Store, args: argparse.Namespace) -> int:
     if args.action == "init":
         return env_init(store, args)
     if args.action != "show":
-        print("Usage: oppi env init|show")
+        print(f"Usage: {called()} env init|show")
         return 0
     path = env_file(store.root)
     values, there = read_env_file(path), os.path.exists(path)
@@ -11258,7 +11486,7 @@ def cmd_init(store: Store, args: argparse.Namespace) -> int:
     store.change_config(lambda raw: raw.update(values))
     store.owner_token()
     _, print_ = store.identity(create=True)
-    lines = [f"✓ {path}", f"✓ identity {print_}", "Next: oppi serve, then oppi pair, and scan the code with the Oppi app"]
+    lines = [f"✓ {path}", f"✓ identity {print_}", f"Next: {called()} serve", f"Then: {called()} pair, and scan the code"]
     return show(args, {"dataDir": store.root, "fingerprint": print_, **values}, lines)
 
 
@@ -11275,7 +11503,7 @@ def policy_edit(store: Store, args: argparse.Namespace) -> int:
     for key in args.words or [""]:
         rule = next((rule for rule in store.rules.now() if rule.get("id") == key), None)
         if rule is None:
-            raise UsageError(f"No stored rule has the id {key!r}; list them with: oppi policy rules")
+            raise UsageError(f"No stored rule has the id {key!r}; list them with: {called()} policy rules")
         if args.action == "edit":
             need(patch, "policy edit ID [--decision D] [--label L] [--pattern P] [--executable E]")
         store.rules.change(key, patched_rule(rule, patch) if args.action == "edit" else None)
@@ -11413,7 +11641,7 @@ def push_test(store: Store, args: argparse.Namespace) -> int:
     notifier.tries = 1
     routes = {name: how for name, how in notifier.routes().items() if args.route in (None, name)}
     if not routes:
-        advice = "oppi config set push.webhook URL; for Apple's service see docs/operations.md"
+        advice = f"{called()} config set push.webhook URL; for Apple's service see docs/operations.md"
         raise UsageError(f"No such way of notifying is set up. Set one up with: {advice}")
 
     async def work() -> dict[str, tuple[int, str]]:
@@ -11438,7 +11666,7 @@ def show_skill(store: Store, args: argparse.Namespace) -> int:
     try:
         detail = store.skills.detail(args.name)
     except NotFound:
-        raise UsageError(f"There is no skill {args.name!r}; list them with: oppi skills list") from None
+        raise UsageError(f"There is no skill {args.name!r}; list them with: {called()} skills list") from None
     skill = detail["skill"]
     head = [f"{skill['name']}  {visible(skill['path'])}", f"in containers: {'yes' if skill['containerSafe'] else 'no'}", ""]
     return show(args, detail, [*head, *map(visible, detail["files"]), "", *map(visible, detail["content"].split("\n"))])
@@ -11586,6 +11814,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
              option("--yes --y", "ask nothing", **FLAG), option("--port", "port to listen on"),
              option("--model", "default model"), option("--max-sessions", "sessions at once", metavar="N")),
     "status": ("show where the server is and who is paired", cmd_status),
+    "doctor": ("check this machine and name the command that mends what is wrong", cmd_doctor),
     "devices": ("list devices, add one for a script, revoke one",
                 {None: list_devices, "list": list_devices, "add": add_device, "revoke": revoke_device},
                 option("name", "name, or id for revoke", **WORD)),
@@ -11621,10 +11850,22 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+def columns() -> int:
+    """What of a window `argparse` fills; it would import `shutil` for it, which takes 2 ms."""
+    try:
+        return (int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns) - 2
+    except (OSError, ValueError):
+        return 78
+
+
 def build_parser(only: str = "") -> argparse.ArgumentParser:
     """The parser of all commands, or of the one that `only` names: making all takes longer than most of them run."""
 
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **how: Any) -> None:
+            form = functools.partial(argparse.HelpFormatter, width=columns())
+            super().__init__(**how, allow_abbrev=False, formatter_class=form)
+
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{self.prog}: {message}")
 
@@ -11632,7 +11873,7 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
     where = f"data directory (default: OPPI_DATA_DIR, else {DEFAULT_DIR})"
     common.add_argument("--data-dir", metavar="DIR", help=where)
     common.add_argument("--json", action="store_true", help="print facts as JSON")
-    parser = Parser(prog="oppi", description="Drive the coding agent pi from the Oppi app.", allow_abbrev=False)
+    parser = Parser(prog="oppi", description="Drive the coding agent pi from the Oppi app.")
     parser.add_argument("--version", action="version", version=f"oppi {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     parser.set_defaults(commands=commands.choices, run=cmd_help, data_dir=None)
@@ -11641,7 +11882,7 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
         if only and only not in (name, *aliases):
             continue
         how = {"help": text, "description": text, "aliases": aliases}
-        sub = commands.add_parser(name, parents=[common], allow_abbrev=False, **how)
+        sub = commands.add_parser(name, parents=[common], **how)
         sub.set_defaults(run=run)
         if isinstance(run, dict):
             sub.add_argument("action", choices=tuple(filter(None, run)), nargs="?" if None in run else None)
@@ -11696,6 +11937,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
+    gc.freeze()  # modules stay until the end: looking through them for garbage, most of all then, takes 10 ms
     sys.exit(main())
 
 

@@ -12,6 +12,7 @@ line of a prompt that begins with one of these directives is obeyed; without any
     !ungated NAME {json}   call a tool WITHOUT asking    !toollines N           lines of output of every tool
     !stream N BYTES RATE   N deltas of BYTES at RATE/s   !timestamp             deltas of !stream carry the clock
     !dialog METHOD [MS]    an extension dialog, then say the answer; the fire-and-forget methods work too
+    !large BYTES           the texts of the dialogs to come are so long
     !crash CODE            exit at once                  !garbage               a line that is not JSON
     !bigline BYTES         one huge line                 !badutf8               a delta that is not UTF-8
     !halfline              half a line, then exit 1      !hang [hard]           answer nothing more; hard: nor end
@@ -73,7 +74,7 @@ LEVELS = ["off", "minimal", "low", "medium", "high"]
 DIRECTIVES = {
     *("!text", "!say", "!think", "!chunk", "!slow", "!wait", "!usage", "!error", "!tool", "!toolwait", "!ungated"),
     *("!toollines", "!stream", "!timestamp", "!dialog", "!crash", "!garbage", "!bigline", "!badutf8", "!halfline"),
-    *("!hang", "!orphan"),
+    *("!hang", "!orphan", "!large"),
 }
 NO_DIALOG = {"notify", "setStatus", "setWidget", "setTitle", "set_editor_text"}
 DIALOGS: dict[str, dict[str, Any]] = {
@@ -301,7 +302,7 @@ class Answer:
         self.blocks: list[dict[str, Any]] = []
         self.raw_arguments: dict[int, str] = {}
         self.gated: dict[str, bool] = {}
-        self.chunk, self.delay, self.stamped = 24, 0.0, False
+        self.chunk, self.delay, self.stamped, self.large = 24, 0.0, False, 0
         self.timestamp = now_ms()
         self.tokens: tuple[int, int] | None = None
         self.count = 0
@@ -481,9 +482,13 @@ class Answer:
         event = b'{"type":"message_update","assistantMessageEvent":{"type":"text_delta","contentIndex":%d,"delta":"'
         return event % (len(self.blocks) - 1) + delta + b'","partial":' + message + b'},"message":' + message + b"}\n"
 
+    def do_large(self, argument: str) -> None:
+        self.large = int(argument)
+
     def do_dialog(self, argument: str) -> None:
         method, _, timeout = argument.partition(" ")
-        fields = dict(DIALOGS[method], **({"timeout": int(timeout)} if timeout else {}))
+        fields = {key: "x" * self.large if self.large else value for key, value in DIALOGS[method].items()}
+        fields.update({"timeout": int(timeout)} if timeout else {})
         if method in NO_DIALOG:
             self.agent.dialog_open(method, fields)
             return

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import oppi
 
@@ -16,8 +16,8 @@ VERSIONS = ("0.73", "0.87")
 SCENARIOS = [(path.parent.name[3:], path.stem) for path in sorted(FIXTURES.glob("pi-*/*.jsonl"))]
 SESSION_FILES = [(path.parents[1].name[3:], path.stem) for path in sorted(FIXTURES.glob("pi-*/sessions/*.jsonl"))]
 
-few = settings(derandomize=True, deadline=None, max_examples=60)
-many = settings(derandomize=True, deadline=None, max_examples=400)
+few = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+many = settings(few, max_examples=400)
 
 
 def recorded(version: str, scenario: str) -> bytes:

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import oppi
 
+from .support import many
+
 TRIGGERS = sorted({trigger for steps in oppi.LIFE.values() for trigger in steps})
 STATUSES = {"starting", "ready", "busy", "stopping", "stopped"}  # `error` is for containers that did not come up
 TRANSITIONS = {  # of the statuses phones see (stream 5.1)
@@ -40,6 +42,7 @@ def test_a_pi_whose_tool_ran_unasked_is_killed_in_every_state_it_can_run_one() -
     assert {state for state, steps in oppi.LIFE.items() if "trip" in steps} == set(oppi.LIFE) - {"starting", "killed", "stopped"}
 
 
+@many
 @given(st.lists(st.sampled_from(TRIGGERS), max_size=40))
 def test_whatever_happens_each_turn_ends_once_and_each_stop_is_answered_once(triggers: list[str]) -> None:
     state, open_turns, open_stops = "starting", 0, 0

@@ -649,6 +649,15 @@ def test_what_does_not_fit_a_frame_is_cut_and_says_so() -> None:
     assert (start["args"]["path"], start["args"]["n"]) == ("a", 7)
 
 
+@pytest.mark.parametrize("name", ["errorMessage", "finalError", "thinking", "summary"])
+def test_no_text_of_pi_is_too_long_for_a_frame(name: str) -> None:
+    long = "x" * 2_000_000
+    answer = assistant({"type": "thinking", "thinking": long}, stopReason="error", errorMessage=long)
+    ends = [{"type": kind, name: long, "result": {"summary": long}} for kind in ("compaction_end", "auto_retry_end")]
+    for message in [m for event in (answer, *ends, {"type": "auto_retry_start", name: long}) for m in events(event)]:
+        assert len(oppi.encode(message)) < 1_000_000
+
+
 def test_the_rest_of_a_long_line_is_known_to_be_skipped() -> None:
     reader = oppi.PiReader()
     front = b'{"type":"message_update","assistantMessageEvent":{"type":"text_delta","contentIndex":0,"delta":"x","partial":"'

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import oppi
 
+from .support import many
+
 COMMAND = "curl -H 'Authorization: canary' https://example.com"
 TEXT = "Open app to review full command details"
 
@@ -76,6 +78,7 @@ class TestPermission:
         note = oppi.permission_note([wire(expires=False)], "Work", False)
         assert note.expires == 0 and "apns-expiration" not in oppi.apns_headers(note, "b")
 
+    @many
     @given(st.text(max_size=5000), st.text(max_size=5000), st.text(max_size=5000))
     def test_whatever_the_texts_it_fits_and_shows_what_is_hidden(self, name: str, tool: str, summary: str) -> None:
         note = oppi.permission_note([wire("low", tool=tool, displaySummary=summary)], name, True)

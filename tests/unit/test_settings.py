@@ -147,6 +147,7 @@ def test_setting_a_path_makes_its_sections() -> None:
         ("runtimeEnv", '{"A":"b"}', {"A": "b"}),
         ("policy", '{"fallback":"ask"}', {"fallback": "ask"}), ("invite.maxAgeSeconds", "60", 60),
         ("tls", '{"mode":"auto"}', {"mode": "auto"}), ("subagents", "{}", {}),
+        ("push.webhook", "https://ntfy.example/a-topic", "https://ntfy.example/a-topic"),
     ],
 )  # fmt: skip
 def test_config_set_reads_a_text_as_its_key_means_it(path: str, text: str, value: Any) -> None:
@@ -165,6 +166,7 @@ def test_config_set_reads_a_text_as_its_key_means_it(path: str, text: str, value
         ("token", "sk_x", "Unknown key: token"), ("tls", "5", "expected object"),
         ("tls", '{"mode":"nope"}', "expected one of"),
         ("tls", '{"nope":1}', "unknown key"), ("tls", '{"mode":"manual"}', "required when mode=manual"),
+        ("push.webhook", "ntfy.example/topic", "expected http or https URL"),
     ],
 )  # fmt: skip
 def test_config_set_refuses_instead_of_storing_something_else(path: str, text: str, problem: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import oppi
+
 from .support import ROOT
 
 FILE = str(ROOT / "oppi.py")
@@ -41,6 +43,20 @@ def test_without_room_for_a_file_it_runs_as_it_is(
     with pytest.raises(SystemExit) as done:
         runpy.run_path(FILE, run_name="__main__")
     assert done.value.code == 0 and "oppi serve" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "archive", "wanted"),
+    [("oppi.pyz", "/a/b/oppi.pyz", "python3 oppi.pyz"), ("/usr/bin/oppi", "/a/b/oppi.pyz", "oppi"),
+     ("-c", "/a/b/c/oppi.pyz", "python3 c/oppi.pyz"), ("x", "/c d/oppi.pyz", "python3 '/c d/oppi.pyz'")],
+)  # fmt: skip
+def test_hints_name_the_program_as_it_can_be_called_here(
+    argv: str, archive: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [argv])
+    monkeypatch.setattr(oppi, "ARCHIVE", archive)
+    monkeypatch.setattr("os.getcwd", lambda: "/a/b")
+    assert oppi.called() == wanted
 
 
 @pytest.mark.parametrize("command", ["serve", "start", "status"])

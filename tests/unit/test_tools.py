@@ -133,6 +133,7 @@ def test_surrogate_halves_become_the_character(text: str, joined: str) -> None:
     assert oppi.join_surrogates(text) == joined
 
 
+@few
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_encoded_in_parts_it_is_the_same(value: Any) -> None:
     assert oppi.encode_in_parts(value) == oppi.encode(value)

@@ -15,7 +15,7 @@ import pytest
 from tests.support.phone import Phone
 from tests.support.server import Server
 
-from .rig import Rig, eventually, rig_with
+from .rig import Rig, eventually, new_phone, rig_with
 
 NOT_FOUND = (404, {"error": "Not found"})
 WS404 = (404, {"error": "Workspace not found"})
@@ -194,10 +194,8 @@ class TestWorkspaces:
     def test_refusals(self, rig: Rig, body: Any, problem: str) -> None:
         assert rig.phone().request("POST", "/workspaces", body) == (400, {"error": problem})
 
-    @pytest.mark.parametrize(("body", "problem"), [(b, p) for b, p in REFUSED_WORKSPACES if "skills" in b or "name" not in b])
+    @pytest.mark.parametrize(("body", "problem"), [(b, p) for b, p in REFUSED_WORKSPACES if "skills" in b and "name" in b])
     def test_a_change_is_refused_like_a_creation(self, rig: Rig, body: Any, problem: str) -> None:
-        if problem == "name required" and "name" not in body:
-            pytest.skip("an absent name keeps the old one")
         path = f"/workspaces/{rig.workspace()}"
         assert rig.phone().request("PUT", path, body) == (400, {"error": problem})
 
@@ -226,6 +224,7 @@ class TestWorkspaces:
         assert changed["updatedAt"] >= made["updatedAt"] and changed["createdAt"] == made["createdAt"]
         changed = phone.call("PUT", path, dict.fromkeys(texts))["workspace"]
         assert not set(texts) & {name for name, value in changed.items() if value is not None}
+        assert changed["name"] == "renamed"
         assert phone.call("GET", path)["workspace"] == changed
 
     def test_the_list_is_in_order_of_creation(self, rig: Rig, phone: Phone) -> None:
@@ -363,6 +362,27 @@ class TestTrace:
         assert "user" in [event["type"] for event in trace]
 
 
+    def test_a_call_that_has_ended_is_told_to_whoever_comes_before_the_others_have(self, both: Rig) -> None:
+        """pi writes the results of parallel calls down when the last has ended."""
+        chat = both.chat()
+        calls = ['!tool read {"path":"a"}', '!tool read {"path":"b"}']
+        chat.say("\n".join(["!toolwait 1500", *calls, "!say done"]))
+        chat.phone.wait("tool_end")
+
+        def results(phone: Phone) -> list[str]:
+            return [e["output"] for e in phone.session_detail(chat.wid, chat.sid)["trace"] if e["type"] == "toolResult"]
+
+        assert results(chat.phone) == [], "it has got this one live"
+        late = new_phone(both.server)
+        late.open()
+        late.subscribe(chat.sid)
+        assert results(late) == ["did: read a\n"]
+        chat.settled()
+        assert results(late) == results(chat.phone) == ["did: read a\n", "did: read b\n"]
+        assert [f["output"] for f in late.frames if f["type"] == "tool_output"] == ["did: read b\n"]
+        late.close()
+
+
 class TestTransfer:
     def test_long_answers_are_packed_for_who_can_unpack(self, rig: Rig) -> None:
         chat = rig.chat()
@@ -427,10 +447,12 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Pa
     calls = folder / "calls"
     with rig_with(folder, start=False) as rig:
         lines = rig.server.pi.read_text().splitlines()
-        slow = f'echo "$*" >> {calls}; case "$*" in *--list-models*) sleep 1;; esac'
+        wait = f"while [ ! -e {folder}/go ]; do sleep 0.05; done"
+        slow = f'echo "$*" >> {calls}; case "$*" in *--list-models*) {wait};; esac'
         rig.server.pi.write_text("\n".join([lines[0], slow, *lines[1:]]) + "\n")
         rig.server.start()
         yield rig, calls
+        (folder / "go").touch()
 
 
 class TestModels:
@@ -438,6 +460,7 @@ class TestModels:
         rig, calls = counting
         phone = rig.phone()
         eventually(lambda: calls.exists() and "--list-models" in calls.read_text())
-        assert phone.raw("GET", "/workspaces", timeout=0.9).status == 200
+        assert phone.raw("GET", "/workspaces").status == 200
+        (calls.parent / "go").touch()
         assert [m["id"] for m in phone.models()] == [m["id"] for m in phone.models()] != []
         assert calls.read_text().count("--list-models") == 1

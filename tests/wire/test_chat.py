@@ -82,7 +82,7 @@ def devices(shell: Shell) -> list[Any]:
 
 class TestChat:
     def test_without_a_server_it_says_how_to_start_one(self, oppi: Shell) -> None:
-        assert "oppi serve" in oppi.refuses("chat")
+        assert " serve" in oppi.refuses("chat")
 
     def test_there_is_no_yes_to_everything(self, oppi: Shell) -> None:
         assert "--yes" in oppi.refuses("chat", "--yes")

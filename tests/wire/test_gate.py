@@ -218,8 +218,8 @@ class TestKilledServer:
         chat, idle = own.chat(), own.stream()
         own.server.stop()
         chat.phone.wait("session_ended")
-        assert idle.wait_closed(5) == (1001, "Server shutting down")
-        assert chat.phone.wait_closed(5)[0] == 1001
+        assert idle.wait_closed(10) == (1001, "Server shutting down")
+        assert chat.phone.wait_closed(10)[0] == 1001
         own.phones.clear()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,12 @@ def test_only_what_is_idle_is_stopped(restless: Rig) -> None:
     assert statuses[idle.sid] == "stopped" and statuses[asking.sid] == "busy"
     eventually(lambda: len(restless.server.orphans()) == 2)
     restless.sweep()
+
+
+def test_a_command_of_the_person_that_runs_is_not_idle(tmp_path: Path) -> None:
+    """pi 0.73 says nothing before it has ended."""
+    with rig_with(tmp_path, "0.73", config={"sessionIdleTimeoutMs": 700}) as rig:
+        chat = rig.chat("1.0")
+        result = chat.phone.command("bash", command="sleep 3")
+        assert result["success"], result
+        chat.phone.wait("session_ended")

@@ -204,7 +204,7 @@ class TestDevices:
         lost.open()
         kept.open()
         assert server.cli("devices", "revoke", "lost").returncode == 0
-        lost.wait_closed(5)
+        lost.wait_closed(10)
         assert lost.raw("GET", "/me").status == 401
         assert kept.closed is None and kept.me()
         kept.close()
@@ -228,8 +228,8 @@ class TestOwner:
         phone.open()
         owner.open()
         rotate(server)
-        phone.wait_closed(3)
-        owner.wait_closed(3)
+        phone.wait_closed(10)
+        owner.wait_closed(10)
         assert phone.raw("GET", "/me").status == owner.raw("GET", "/me").status == 401
         assert status_of(server, owner_token(server)) == 200
         with pytest.raises(PhoneError):
@@ -239,7 +239,7 @@ class TestOwner:
         phone, owner = new_phone(server), Phone(server.base_url, owner_token(server))
         owner.open()
         rotate(server, "--keep-devices")
-        owner.wait_closed(3)
+        owner.wait_closed(10)
         assert phone.me()
 
     def test_tokens_of_the_original_go_on_working(self) -> None:

@@ -93,12 +93,10 @@ MUTATIONS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("generation", "name"), CASES)
+@pytest.mark.parametrize(("generation", "name"), [(g, n) for g, n in CASES if known(g, samples(g)[n])])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_damaged_messages_are_refused(generation: str, name: str, mutation: str) -> None:
     message = samples(generation)[name]
-    if not known(generation, message):
-        pytest.skip("this app ignores the type")
     kind, value = MUTATIONS[mutation]
     for path in paths(p.MESSAGES[message["type"]], message, generation, kind):
         with pytest.raises(p.DecodeError) as caught:

@@ -124,7 +124,7 @@ class TestPlainHttp:
         for phone in (local, other):
             phone.open()
         use(here, STRICT)
-        other.wait_closed(5)
+        other.wait_closed(10)
         assert local.closed is None
         local.send("permission_response", id="unknown", action="deny", requestId="r1")
         local.wait("command_result", since=0)  # it still answers

@@ -68,7 +68,7 @@ class TestPair:
         (code,) = codes(text)
         invite = json.loads(code)
         assert invite["v"] == 3 and "app 1.1 or newer: scan within 90 seconds" in text
-        assert "App 1.0: oppi pair --app 1.0" in text and "--open" in text
+        assert "App 1.0: pair --app 1.0" in text and "--open" in text
         phone = Phone(running.server.base_url)
         phone.pair(invite["pairingToken"])
         assert phone.me()
@@ -91,7 +91,7 @@ class TestPair:
             text = shown.shows("ended with 0")
         assert not codes(text)
         need = re.search(r"it needs (\d+) columns and (\d+) lines", " ".join(text.split()))
-        assert need and "oppi pair --app 1.0 --open" in text
+        assert need and "oppi.py pair --app 1.0 --open" in " ".join(text.split())
         columns, lines = map(int, need.groups())
         with show(running, "pair", "--app", "1.0", "--host", "127.0.0.1", columns=columns, lines=lines) as shown:
             assert len(codes(shown.shows("ended with 0"))) == 1
@@ -154,7 +154,7 @@ class TestScreens:
         with show(running, "status") as shown:
             text = shown.shows("ended with 0")
             fits(shown, text)
-        assert str(running.server.port) in text and "not paired; run: oppi pair" in text
+        assert str(running.server.port) in text and "not paired; run: python3" in text
 
     def test_the_wizard_shows_what_is_set_and_can_be_run_again(self, oppi: Shell) -> None:  # noqa: F811
         for port in ("7801", "7802"):
@@ -170,7 +170,7 @@ class TestScreens:
                 shown.keys("Enter")
                 shown.shows("Max concurrent")
                 shown.keys("Enter")
-                fits(shown, shown.shows("ended with 0", "oppi pair"))
+                fits(shown, shown.shows("ended with 0", "Then: python3"))
             assert oppi.config["port"] == int(port)
 
     def test_the_wizard_changes_nothing_when_it_is_left(self, oppi: Shell) -> None:  # noqa: F811
@@ -187,7 +187,7 @@ class TestScreens:
 
     def test_serve_on_a_new_machine_shows_a_code_in_a_small_window(self, oppi: Shell) -> None:  # noqa: F811
         with show(oppi, "serve", "--host", "127.0.0.1", "--port", "0") as shown:
-            text = shown.shows("App 1.0: oppi pair --app 1.0")
+            text = shown.shows("App 1.0: pair --app 1.0")
             (code,) = codes(text)
             phone = Phone(f"http://127.0.0.1:{json.loads(code)['port']}")
             phone.pair(json.loads(code)["pairingToken"])

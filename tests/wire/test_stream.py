@@ -410,6 +410,22 @@ class TestQueue:
         again = chat.phone.prompt(chat.sid, "!say b", turn.client_turn_id, "result", kind="steer")
         assert chat.phone.wait("turn_ack", requestId=again.request_id)["duplicate"] is True
 
+    @pytest.mark.parametrize("kind", ["steer", "follow_up"])
+    def test_a_template_that_is_queued_just_as_the_run_ends_is_answered(self, both: Rig, kind: str) -> None:
+        """pi would keep it until the next prompt; 0.73 says 50 ms late that a run is over, time enough to be accepted."""
+        chat = both.chat()
+        for number in range(3):
+            chat.phone.mark()
+            chat.say(f"!say run {number}")
+            chat.phone.wait("message_end", role="assistant")
+            chat.phone.send(kind, sessionId=chat.sid, message=f"/late {number}", requestId=kind, clientTurnId=f"{kind}{number}")
+            done = chat.phone.result(kind, kind)
+            if done["success"]:
+                chat.phone.wait("message_end", role="assistant", content=f"ok: /late {number}")
+            else:
+                assert "requires an active streaming turn" in done["error"]
+            chat.settled()
+
     def test_the_queue_is_told_on_request(self, both: Rig) -> None:
         chat = both.chat()
         result = chat.phone.command("get_queue", chat.sid, check=True)
@@ -429,6 +445,20 @@ class TestQueue:
         late = chat.phone.command("set_queue", chat.sid, baseVersion=version, steering=[], followUp=[])
         assert late["error"] == f"Queue version mismatch: expected {queue['version']}, got {version}"
         assert "queue_item_started" not in chat.phone.types(0)
+
+    def test_a_picture_stays_with_its_message_when_the_queue_is_replaced(self, rig: Rig) -> None:
+        chat = rig.chat()
+        chat.say(BUSY)
+        chat.phone.wait("agent_start")
+        picture = {"data": "AAAA", "mimeType": "image/png"}
+        chat.phone.prompt(chat.sid, "look", kind="follow_up", images=[picture])
+        queue = chat.phone.command("get_queue", chat.sid)["data"]
+        drafts = [{"message": "first"}, *({"id": item["id"], "message": item["message"]} for item in queue["followUp"])]
+        chat.phone.command("set_queue", chat.sid, baseVersion=queue["version"], steering=[], followUp=drafts, check=True)
+        sent = [line for line in rig.stdin_of_pi() if line.get("message") in ("look", "first")]
+        assert [(line["message"], line.get("images", [])) for line in sent[1:]] == [
+            ("first", []), ("look", [{"type": "image", **picture}]),
+        ]
 
     def test_an_idle_session_takes_no_items(self, rig: Rig) -> None:
         chat = rig.chat()
@@ -463,6 +493,22 @@ class TestStop:
         confirmed = chat.phone.wait("stop_confirmed")
         assert (confirmed["source"], confirmed["reason"]) == ("user", "Session already idle")
         assert "state" not in chat.phone.types()
+
+    @pytest.mark.parametrize("turns", [1, 2])
+    def test_a_stop_on_the_heels_of_a_prompt_stops_it(self, both: Rig, turns: int) -> None:
+        chat = both.chat()
+        chat.phone.mark()
+        for number in range(turns):
+            chat.phone.send("prompt", sessionId=chat.sid, message=f"!slow 20\n!text 5{number}0", clientTurnId=f"{number}")
+        chat.phone.send("stop", sessionId=chat.sid)
+        chat.phone.wait("stop_requested")
+        assert "reason" not in chat.phone.wait("stop_confirmed")
+        assert "w400" not in chat.phone.text()
+
+    def test_a_stop_before_any_turn_is_answered_at_once(self, both: Rig) -> None:
+        chat = both.chat()
+        chat.phone.send("stop", sessionId=chat.sid)
+        assert chat.phone.wait("stop_confirmed", 0.9)["reason"] == "Session already idle"
 
     def test_stopping_twice_is_stopping_once(self, both: Rig) -> None:
         chat = both.chat()
