@@ -5110,8 +5110,7 @@ REFRESHERS = {  # logins that are renewed here: where, pi's client there, whethe
 SHOWN_INSIDE = ("id name api authHeader compat reasoning thinkingLevelMap input inputLimits cost promptCache contextWindow "
                 "maxTokens samplingParams").split()  # of a provider or a model in models.json
 CARRIERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")  # headers in which pi sends a key
-DROPPED = ("host connection keep-alive upgrade te trailer expect cookie set-cookie content-length proxy-authorization "
-           "proxy-connection").split()  # headers of one connection, and what is nobody's business
+DROPPED = "connection keep-alive upgrade te trailer expect cookie set-cookie proxy-authorization proxy-connection".split()
 STUB = regex(r"(oppi-[A-Za-z0-9_-]{43})(?:\.(\d{1,4}))?")  # a secret, or one with the number of a header of models.json
 KEY_PART = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -5515,8 +5514,7 @@ class CredentialProxy:
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         requests.add(task)
         try:
-            if not await self._pass_on(url, await self._headers(route, fields), int(length), reader, writer):
-                raise EOFError
+            await self._pass_on(url, await self._headers(route, fields), int(length), reader, writer)
         finally:
             requests.discard(task)
 
@@ -5547,18 +5545,17 @@ class CredentialProxy:
             elif not stub and name not in DROPPED and name not in CARRIERS:
                 sent[name] = f"{sent[name]}, {value}" if name in sent else value
         if "chatgpt-account-id" in sent:  # made up, as the token that pi has it from
-            sent["chatgpt-account-id"] = str(obj(self._logins.get(route.provider)).get("accountId"))
+            sent["chatgpt-account-id"] = str(obj(self._logins.get(route.provider)).get("accountId", ""))
         return sent
 
     async def _credential(self, route: Route) -> tuple[str, bool]:
         """The key or token of a provider, and whether it goes as a login does.  Raises Refused."""
-        entry, env = obj(self._auth().get(route.provider)), self.environment()
+        entry = obj(self._auth().get(route.provider))
         if entry.get("type") == "oauth":
-            return await self._access(route), True
-        variables = built_in().get(route.provider, ([], {}))[0]
-        variable = next(filter(env.get, variables), "")
+            return await self._access(route.provider), True
         if raw := entry.get("key") or route.key:
             return await self._value(route, raw), False
+        variable = next(filter(self.environment().get, built_in().get(route.provider, ([], {}))[0]), "")
         return await self._value(route, variable), variable.endswith("_AUTH_TOKEN")
 
     async def _value(self, route: Route, raw: Any) -> str:
@@ -5574,16 +5571,17 @@ class CredentialProxy:
         demand(re.fullmatch("[ -~]+", value), 502, f"No credential for: {route.provider}")
         return value
 
-    async def _access(self, route: Route) -> str:
+    async def _access(self, name: str) -> str:
         """A login's token that is still good; one that is not is renewed once for all who wait.  Raises Refused."""
-        name = route.provider
         if name in REFRESHERS and lasts(obj(self._auth().get(name))) < REFRESH_EARLY_MS:
             if name not in self.refreshing:
                 self.refreshing[name] = asyncio.ensure_future(self._refresh(name))
                 self.refreshing[name].add_done_callback(lambda _: self.refreshing.pop(name))
             await asyncio.shield(self.refreshing[name])
         entry = obj(self._auth().get(name))
-        return await self._value(route, entry.get("access") if lasts(entry) > 0 else "")
+        token = str(entry.get("access")) if lasts(entry) > 0 else ""
+        demand(re.fullmatch("[ -~]+", token), 502, f"No credential for: {name}")
+        return token
 
     async def _refresh(self, name: str) -> None:
         """Renew a login and store it, as pi does: under its lock, and only if nobody else just did."""
@@ -5607,8 +5605,8 @@ class CredentialProxy:
 
     async def _pass_on(
         self, url: str, headers: dict[str, str], length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        """Send a request upstream and its answer back; False when the container hung up.  Raises Refused, OSError, EOFError."""
+    ) -> None:
+        """Send a request upstream and its answer back.  Raises Refused, OSError, and EOFError when the container hangs up."""
         import urllib.parse
 
         parts = urllib.parse.urlsplit(url)
@@ -5622,22 +5620,23 @@ class CredentialProxy:
         target = parts.path + "?" * bool(parts.query) + parts.query
         head = [f"POST {target} HTTP/1.1", *(f"{name}: {value}" for name, value in {**headers, **own}.items())]
 
-        async def up() -> bool:
+        async def up() -> None:
             left = length
             while left and (data := await reader.read(min(left, CHUNK))):
                 left -= len(data)
                 back.write(data)
                 with contextlib.suppress(OSError):  # its answer tells why it takes no more
                     await back.drain()
-            return bool(await reader.read(1)) and False  # the container is gone, or sent more than it said
+            await reader.read(1)
+            raise EOFError  # the container is gone, or sent more than it said
 
         try:
             back.write("\r\n".join([*head, "", ""]).encode("latin-1"))
-            return cast(bool, await first_of(self._answer(there, writer), up()))
+            await first_of(self._answer(there, writer), up())
         finally:
             back.transport.abort()
 
-    async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass an answer back as it comes.  It ends with its connection, so its framing need not be looked at."""
         status = "1"
         while status == "1":  # what comes before the answer proper is for this connection
@@ -5646,10 +5645,9 @@ class CredentialProxy:
                 status = re.fullmatch(r"HTTP/1\.[01] ([1-5])\d\d( [ -~]*)?", first)[1]  # type: ignore[index]
             except (OSError, EOFError, OppiError, TypeError, asyncio.LimitOverrunError):
                 raise Refused(502, "Upstream error: no proper answer") from None
-        lines = [first, *(f"{n}: {v}" for n, v in fields if n not in DROPPED or n == "content-length"), "connection: close"]
+        lines = [first, *(f"{n}: {v}" for n, v in fields if n not in DROPPED), "connection: close"]
         writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
         await copy_bytes(there, writer)
-        return True
 
 
 # ═══════════════════════════════════════ 13. Pi process ══════════════════════════════════
