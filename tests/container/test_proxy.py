@@ -1363,7 +1363,7 @@ async def test_the_real_pi_sends_a_stub_of_claude_as_it_would_the_key_or_login(w
 
 
 @pytest.mark.parametrize("version", ["0.73.1", "0.87.1"])
-@pytest.mark.parametrize("provider", [name for name in REAL if name not in ("anthropic", "groq")])
+@pytest.mark.parametrize("provider", ["google", "mistral", "openrouter", "opencode"])
 @with_world
 async def test_the_real_pi_reaches_a_provider_of_each_kind(world: World, version: str, provider: str) -> None:
     """It gets an error for an answer; what counts is that it asked in the right place and with the real key."""
@@ -1374,13 +1374,46 @@ async def test_the_real_pi_reaches_a_provider_of_each_kind(world: World, version
         writer.write(b"HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
 
     world.upstream.reply = sorry
-    login = {"type": "oauth", "access": jwt(CANARY), "refresh": "canary-r", "expires": oppi.now_ms() + DAY, "accountId": CANARY}
-    codex = provider == "openai-codex"
-    world.login(**{provider: login if codex else {"type": "api_key", "key": "canary-key"}})
+    world.login(**{provider: {"type": "api_key", "key": "canary-key"}})
     world.models(**{provider: {"baseUrl": f"{world.upstream.url}/base"}})
     out, err = await ask_pi(world, version, world.inside(), provider, REAL[provider])
     assert world.upstream.requests, out + err
     line, headers, _ = world.upstream.requests[0]
-    assert line.startswith("POST /base/") and "oppi-" not in str(headers)
-    assert (jwt(CANARY) if codex else "canary-key") in str(headers)
-    assert headers.get("chatgpt-account-id") == (CANARY if codex else None)
+    assert line.startswith("POST /base/") and "oppi-" not in str(headers) and "canary-key" in str(headers)
+
+
+PART = {"type": "output_text", "text": "hello from afar", "annotations": []}
+MESSAGE = {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": [PART]}
+RESPONSES: list[Json] = [
+    {"type": "response.created", "response": {"id": "r", "status": "in_progress"}},
+    {"type": "response.output_item.added", "output_index": 0, "item": {**MESSAGE, "status": "in_progress", "content": []}},
+    {"type": "response.content_part.added", "item_id": "m", "output_index": 0, "content_index": 0, "part": {**PART, "text": ""}},
+    {"type": "response.output_text.delta", "item_id": "m", "output_index": 0, "content_index": 0, "delta": "hello from afar"},
+    {"type": "response.output_item.done", "output_index": 0, "item": MESSAGE},
+    {"type": "response.completed", "response": {"id": "r", "status": "completed", "output": [MESSAGE], "usage": {
+        "input_tokens": 1, "output_tokens": 1, "total_tokens": 2, "input_tokens_details": {"cached_tokens": 0}}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["0.73.1", "0.87.1"])
+@pytest.mark.parametrize("provider", ["openai", "openai-codex"])
+@with_world
+async def test_the_real_pi_has_a_turn_with_a_key_or_a_login_of_openai(world: World, version: str, provider: str) -> None:
+    route_from_inside()
+
+    async def responses(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        for n, event in enumerate(RESPONSES):
+            writer.write(f"event: {event['type']}\ndata: {json.dumps({**event, 'sequence_number': n})}\n\n".encode())
+
+    world.upstream.reply = responses
+    login = {"type": "oauth", "access": jwt(CANARY), "refresh": "canary-r", "expires": oppi.now_ms() + DAY, "accountId": CANARY}
+    world.login(**{provider: login if provider == "openai-codex" else {"type": "api_key", "key": "canary-key"}})
+    world.models(**{provider: {"baseUrl": f"{world.upstream.url}/base"}})
+    out, err = await ask_pi(world, version, world.inside(), provider, REAL[provider])
+    assert "hello from afar" in out, err
+    line, headers, _ = world.upstream.requests[0]
+    assert line == f"POST /base/{'codex/' if provider == 'openai-codex' else ''}responses HTTP/1.1"
+    assert headers["authorization"] == f"Bearer {jwt(CANARY) if provider == 'openai-codex' else 'canary-key'}"
+    assert headers.get("chatgpt-account-id") == (CANARY if provider == "openai-codex" else None)
+    assert "oppi-" not in str(headers)
