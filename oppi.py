@@ -5260,14 +5260,17 @@ class Guest:
         variables, own = built_in().get(name, ([], {}))
         raw = entry.get("key") or config.get("apiKey") or next(filter(None, map(env.get, variables)), "")
         login, keyed = entry.get("type") == "oauth", bool(entry or raw)
-        apis = [*own, *(part.get("api") for part in (config, *map(obj, arr(config.get("models")))))]
+        apis = [config.get("api"), *own, *(obj(model).get("api") for model in arr(config.get("models")))]
         fallback = config.get("baseUrl") or next(iter(own.values()), "")
         bases = {api: config.get("baseUrl") or own.get(api) or fallback for api in apis if api in APIS}
         if "oauth" in config or keyed and not any(bases.values()):
             raise ValueError("pi does not reach it with a key over a base URL")
         if login and name not in REFRESHERS and lasts(entry) <= 0:
             raise ValueError("its login has expired, and only pi itself can renew it")
-        inside = self._provider(Route(name, bases, config.get("apiKey"), {}), config, keyed)
+        route, proxied = Route(name, bases, config.get("apiKey"), {}), keyed or '"headers"' in dumps(config)
+        inside = self._shown(route, {**config, "baseUrl": None}, proxied)
+        if proxied or config.get("baseUrl"):
+            inside["baseUrl"] = self._address(route, proxied)
         if keyed:
             stub = self._stub(name, login or "sk-ant-oat" in plain_value(raw, env))
             stored = {"access": stub, "refresh": "none", "expires": FOREVER} if login else {"key": stub}
@@ -5286,30 +5289,19 @@ class Guest:
         claims = {"alg": "none"}, {"https://api.openai.com/auth": {"chatgpt_account_id": "oppi"}}
         return ".".join([*(base64.b64encode(encode(part)).decode().rstrip("=") for part in claims), self.secret])
 
-    def _provider(self, route: Route, config: Json, keyed: bool) -> Json:
-        """The entry of models.json for inside.  Raises ValueError for an address that cannot be used."""
-        inside = self._fields(route, config)
-        models = [obj(model) for model in arr(config.get("models"))]
-        if models:
-            inside["models"] = [self._fields(route, model) for model in models]
-        if overrides := obj(config.get("modelOverrides")):
-            inside["modelOverrides"] = {name: self._fields(route, obj(it)) for name, it in overrides.items()}
-        keyed = keyed or bool(route.headers)
-        if keyed or config.get("baseUrl"):
-            inside["baseUrl"] = self._address(route, keyed)
-        for model, shown in zip(models, inside.get("models", ())):
-            if "baseUrl" in model:
-                apis = (model.get("api"), config.get("api"), *route.bases)
-                bases = {next((api for api in apis if api in APIS), ""): model["baseUrl"]}
-                shown["baseUrl"] = self._address(route._replace(bases=bases), keyed)
-        return inside
-
-    def _fields(self, route: Route, source: Json) -> Json:
-        """The harmless fields of a provider or model, and its headers with their values left on the host."""
+    def _shown(self, route: Route, source: Json, keyed: bool) -> Json:
+        """The harmless fields of a provider or model; the values of headers stay on the host.  Raises ValueError."""
         shown = {name: source[name] for name in SHOWN_INSIDE if name in source}
         for name, raw in obj(source.get("headers")).items():
             shown.setdefault("headers", {})[name] = f"{self.secret}.{len(route.headers)}"
             route.headers[str(len(route.headers))] = (name.lower(), raw)
+        if models := arr(source.get("models")):
+            shown["models"] = [self._shown(route, obj(model), keyed) for model in models]
+        if overrides := obj(source.get("modelOverrides")):
+            shown["modelOverrides"] = {name: self._shown(route, obj(model), keyed) for name, model in overrides.items()}
+        if url := source.get("baseUrl"):
+            api = source.get("api") or next(iter(route.bases), "")
+            shown["baseUrl"] = self._address(route._replace(bases={api: url}), keyed)
         return shown
 
     def _address(self, route: Route, keyed: bool) -> str:
