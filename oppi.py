@@ -5141,8 +5141,7 @@ REFRESHERS = {  # logins that are renewed here: where, pi's client there, whethe
 SHOWN_INSIDE = ("id name api authHeader compat reasoning thinkingLevelMap input inputLimits cost promptCache contextWindow "
                 "maxTokens samplingParams").split()  # of a provider or a model in models.json
 CARRIERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key")  # headers in which pi sends a key
-DROPPED = ("host connection keep-alive upgrade te trailer expect cookie set-cookie content-length proxy-authorization "
-           "proxy-connection").split()  # headers of one connection, and what is nobody's business
+DROPPED = "connection keep-alive upgrade te trailer expect cookie set-cookie proxy-authorization proxy-connection".split()
 STUB = regex(r"(oppi-[A-Za-z0-9_-]{43})(?:\.(\d{1,4}))?")  # a secret, or one with the number of a header of models.json
 KEY_PART = regex(r"\$(?:([$!])|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -5292,14 +5291,17 @@ class Guest:
         variables, own = built_in().get(name, ([], {}))
         raw = entry.get("key") or config.get("apiKey") or next(filter(None, map(env.get, variables)), "")
         login, keyed = entry.get("type") == "oauth", bool(entry or raw)
-        apis = [*own, *(part.get("api") for part in (config, *map(obj, arr(config.get("models")))))]
+        apis = [config.get("api"), *own, *(obj(model).get("api") for model in arr(config.get("models")))]
         fallback = config.get("baseUrl") or next(iter(own.values()), "")
         bases = {api: config.get("baseUrl") or own.get(api) or fallback for api in apis if api in APIS}
         if "oauth" in config or keyed and not any(bases.values()):
             raise ValueError("pi does not reach it with a key over a base URL")
         if login and name not in REFRESHERS and lasts(entry) <= 0:
             raise ValueError("its login has expired, and only pi itself can renew it")
-        inside = self._provider(Route(name, bases, config.get("apiKey"), {}), config, keyed)
+        route, proxied = Route(name, bases, config.get("apiKey"), {}), keyed or '"headers"' in dumps(config)
+        inside = self._shown(route, {**config, "baseUrl": None}, proxied)
+        if proxied or config.get("baseUrl"):
+            inside["baseUrl"] = self._address(route, proxied)
         if keyed:
             stub = self._stub(name, login or "sk-ant-oat" in plain_value(raw, env))
             stored = {"access": stub, "refresh": "none", "expires": FOREVER} if login else {"key": stub}
@@ -5318,30 +5320,19 @@ class Guest:
         claims = {"alg": "none"}, {"https://api.openai.com/auth": {"chatgpt_account_id": "oppi"}}
         return ".".join([*(base64.b64encode(encode(part)).decode().rstrip("=") for part in claims), self.secret])
 
-    def _provider(self, route: Route, config: Json, keyed: bool) -> Json:
-        """The entry of models.json for inside.  Raises ValueError for an address that cannot be used."""
-        inside = self._fields(route, config)
-        models = [obj(model) for model in arr(config.get("models"))]
-        if models:
-            inside["models"] = [self._fields(route, model) for model in models]
-        if overrides := obj(config.get("modelOverrides")):
-            inside["modelOverrides"] = {name: self._fields(route, obj(it)) for name, it in overrides.items()}
-        keyed = keyed or bool(route.headers)
-        if keyed or config.get("baseUrl"):
-            inside["baseUrl"] = self._address(route, keyed)
-        for model, shown in zip(models, inside.get("models", ())):
-            if "baseUrl" in model:
-                apis = (model.get("api"), config.get("api"), *route.bases)
-                bases = {next((api for api in apis if api in APIS), ""): model["baseUrl"]}
-                shown["baseUrl"] = self._address(route._replace(bases=bases), keyed)
-        return inside
-
-    def _fields(self, route: Route, source: Json) -> Json:
-        """The harmless fields of a provider or model, and its headers with their values left on the host."""
+    def _shown(self, route: Route, source: Json, keyed: bool) -> Json:
+        """The harmless fields of a provider or model; the values of headers stay on the host.  Raises ValueError."""
         shown = {name: source[name] for name in SHOWN_INSIDE if name in source}
         for name, raw in obj(source.get("headers")).items():
             shown.setdefault("headers", {})[name] = f"{self.secret}.{len(route.headers)}"
             route.headers[str(len(route.headers))] = (name.lower(), raw)
+        if models := arr(source.get("models")):
+            shown["models"] = [self._shown(route, obj(model), keyed) for model in models]
+        if overrides := obj(source.get("modelOverrides")):
+            shown["modelOverrides"] = {name: self._shown(route, obj(model), keyed) for name, model in overrides.items()}
+        if url := source.get("baseUrl"):
+            api = source.get("api") or next(iter(route.bases), "")
+            shown["baseUrl"] = self._address(route._replace(bases={api: url}), keyed)
         return shown
 
     def _address(self, route: Route, keyed: bool) -> str:
@@ -5550,8 +5541,7 @@ class CredentialProxy:
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         requests.add(task)
         try:
-            if not await self._pass_on(url, await self._headers(route, fields), int(length), reader, writer):
-                raise EOFError
+            await self._pass_on(url, await self._headers(route, fields), int(length), reader, writer)
         finally:
             requests.discard(task)
 
@@ -5582,18 +5572,17 @@ class CredentialProxy:
             elif not stub and name not in DROPPED and name not in CARRIERS:
                 sent[name] = f"{sent[name]}, {value}" if name in sent else value
         if "chatgpt-account-id" in sent:  # made up, as the token that pi has it from
-            sent["chatgpt-account-id"] = str(obj(self._logins.get(route.provider)).get("accountId"))
+            sent["chatgpt-account-id"] = str(obj(self._logins.get(route.provider)).get("accountId", ""))
         return sent
 
     async def _credential(self, route: Route) -> tuple[str, bool]:
         """The key or token of a provider, and whether it goes as a login does.  Raises Refused."""
-        entry, env = obj(self._auth().get(route.provider)), self.environment()
+        entry = obj(self._auth().get(route.provider))
         if entry.get("type") == "oauth":
-            return await self._access(route), True
-        variables = built_in().get(route.provider, ([], {}))[0]
-        variable = next(filter(env.get, variables), "")
+            return await self._access(route.provider), True
         if raw := entry.get("key") or route.key:
             return await self._value(route, raw), False
+        variable = next(filter(self.environment().get, built_in().get(route.provider, ([], {}))[0]), "")
         return await self._value(route, variable), variable.endswith("_AUTH_TOKEN")
 
     async def _value(self, route: Route, raw: Any) -> str:
@@ -5609,16 +5598,17 @@ class CredentialProxy:
         demand(re.fullmatch("[ -~]+", value), 502, f"No credential for: {route.provider}")
         return value
 
-    async def _access(self, route: Route) -> str:
+    async def _access(self, name: str) -> str:
         """A login's token that is still good; one that is not is renewed once for all who wait.  Raises Refused."""
-        name = route.provider
         if name in REFRESHERS and lasts(obj(self._auth().get(name))) < REFRESH_EARLY_MS:
             if name not in self.refreshing:
                 self.refreshing[name] = asyncio.ensure_future(self._refresh(name))
                 self.refreshing[name].add_done_callback(lambda _: self.refreshing.pop(name))
             await asyncio.shield(self.refreshing[name])
         entry = obj(self._auth().get(name))
-        return await self._value(route, entry.get("access") if lasts(entry) > 0 else "")
+        token = str(entry.get("access")) if lasts(entry) > 0 else ""
+        demand(re.fullmatch("[ -~]+", token), 502, f"No credential for: {name}")
+        return token
 
     async def _refresh(self, name: str) -> None:
         """Renew a login and store it, as pi does: under its lock, and only if nobody else just did."""
@@ -5642,8 +5632,8 @@ class CredentialProxy:
 
     async def _pass_on(
         self, url: str, headers: dict[str, str], length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        """Send a request upstream and its answer back; False when the container hung up.  Raises Refused, OSError, EOFError."""
+    ) -> None:
+        """Send a request upstream and its answer back.  Raises Refused, OSError, and EOFError when the container hangs up."""
         import urllib.parse
 
         parts = urllib.parse.urlsplit(url)
@@ -5657,22 +5647,23 @@ class CredentialProxy:
         target = parts.path + "?" * bool(parts.query) + parts.query
         head = [f"POST {target} HTTP/1.1", *(f"{name}: {value}" for name, value in {**headers, **own}.items())]
 
-        async def up() -> bool:
+        async def up() -> None:
             left = length
             while left and (data := await reader.read(min(left, CHUNK))):
                 left -= len(data)
                 back.write(data)
                 with contextlib.suppress(OSError):  # its answer tells why it takes no more
                     await back.drain()
-            return bool(await reader.read(1)) and False  # the container is gone, or sent more than it said
+            await reader.read(1)
+            raise EOFError  # the container is gone, or sent more than it said
 
         try:
             back.write("\r\n".join([*head, "", ""]).encode("latin-1"))
-            return cast(bool, await first_of(self._answer(there, writer), up()))
+            await first_of(self._answer(there, writer), up())
         finally:
             back.transport.abort()
 
-    async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass an answer back as it comes.  It ends with its connection, so its framing need not be looked at."""
         status = "1"
         while status == "1":  # what comes before the answer proper is for this connection
@@ -5681,10 +5672,9 @@ class CredentialProxy:
                 status = re.fullmatch(r"HTTP/1\.[01] ([1-5])\d\d( [ -~]*)?", first)[1]  # type: ignore[index]
             except (OSError, EOFError, OppiError, TypeError, asyncio.LimitOverrunError):
                 raise Refused(502, "Upstream error: no proper answer") from None
-        lines = [first, *(f"{n}: {v}" for n, v in fields if n not in DROPPED or n == "content-length"), "connection: close"]
+        lines = [first, *(f"{n}: {v}" for n, v in fields if n not in DROPPED), "connection: close"]
         writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
         await copy_bytes(there, writer)
-        return True
 
 
 # ── Apple containers ──
