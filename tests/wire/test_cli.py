@@ -789,6 +789,18 @@ class TestPair:
 
 
 class TestStatus:
+    def test_the_address_in_a_tailnet_is_found(self, oppi: Shell, tmp_path: Path) -> None:
+        tailscale = tmp_path / "tailscale"
+        status = json.dumps({"Self": {"DNSName": "mac.tail1.ts.net."}})
+        tailscale.write_text(f"#!/bin/sh\ncase $1 in status) echo '{status}';; ip) echo 100.100.1.2; echo fd7a::1;; esac\n")
+        tailscale.chmod(0o755)
+        env = {"PATH": f"{tmp_path}:{oppi.server.env['PATH']}"}
+        facts = oppi.facts("status", env=env)
+        assert (facts["tailscaleName"], facts["tailscaleIp"]) == ("mac.tail1.ts.net", "100.100.1.2")
+        assert "Hostname      mac.tail1.ts.net" in oppi("status", env=env)
+        tailscale.write_text("#!/bin/sh\nsleep 60\n")  # it hangs
+        assert oppi.facts("status", env=env)["tailscaleName"] == ""
+
     def test_before_and_after(self, oppi: Shell) -> None:
         facts = oppi.facts("status")
         assert (facts["port"], facts["host"], facts["dataDir"]) == (7749, "0.0.0.0", str(oppi.data))
