@@ -43,8 +43,8 @@ def equipped(shared: Place, phones: dict[str, Phone], tmp_path: Path) -> Iterato
     put(server.agent_dir / "extensions" / "listed.js", EXTENSION % "listed")
     put(server.agent_dir / "extensions" / "folder" / "index.js", EXTENSION % "folder")
     put(server.agent_dir / "extensions" / "unlisted.js", EXTENSION % "unlisted")
-    fields: dict[str, Any] = {"skills": ["chosen-of-pi", "chosen-of-agents", "chosen-own"], "extensions": ["listed.js", " folder ", "missing"]}
-    fields["systemPrompt"] = "Answer in as few words as there are"
+    fields: dict[str, Any] = {"skills": ["chosen-of-pi", "chosen-of-agents", "chosen-own"]}
+    fields.update(extensions=["listed.js", " folder ", "missing"], systemPrompt="Answer in as few words as there are")
     yield from opened(shared, phones["1.1"], tmp_path, **fields)
 
 
