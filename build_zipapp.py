@@ -434,6 +434,12 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def progress(text: str) -> None:
+    """Says what takes a while, to a person only."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"build_zipapp: {text}\n")  # in one piece, since several do it at once
+
+
 def cache_folder() -> str:
     """Returns the private folder of downloaded wheels, created if need be."""
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -460,6 +466,7 @@ def pip_download(folder: str, tag: str, python: str, *what: str) -> str:
 
 def download(wheel: Wheel, folder: str) -> None:
     """Lets pip fetch one wheel into the cache `folder`; pip itself refuses any other hash."""
+    progress(f"downloading {wheel.stem}")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         requirements = os.path.join(temporary, "requirements.txt")
         with open(requirements, "w", encoding="ascii") as file:
@@ -609,6 +616,7 @@ def replace_file(path: str, data: bytes, mode: int) -> None:
 
 def newest(name: str, tag: str, python: str) -> Wheel:
     """Returns the newest wheel of a package with exactly this tag that an interpreter can use; it stays in the cache."""
+    progress(f"looking for {name} {tag} {python}")
     with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
         found = pip_download(temporary, tag, python, name)
         _, version, got = found[: -len(".whl")].split("-", 2)
@@ -679,6 +687,7 @@ def main(argv: list[str] | None = None) -> int:
         with open(options.source, "rb") as file:
             source = file.read()
         build, files = assemble(source, platforms)
+        progress("packing")
         data = pack_files(files)
         replace_file(options.output, data, 0o755)
     except (BuildError, OSError) as error:

@@ -10629,6 +10629,7 @@ def terminal_phone(store: Store, host: str, port: int, **how: Any) -> Iterator[T
 
 
 def cmd_chat(store: Store, args: argparse.Namespace) -> int:
+    end_tidily()
     server = running(store.root)
     if not server.get("port"):
         raise UsageError(f"The server does not run. Start it with: {called()} serve")
@@ -10696,6 +10697,7 @@ def cmd_demo(store: Store, args: argparse.Namespace) -> int:
     """One turn on a private server; nothing of it stays."""
     import tempfile
 
+    end_tidily()
     program = [sys.executable, os.path.abspath(ARCHIVE or __file__)]
     with tempfile.TemporaryDirectory(prefix="oppi-demo-") as folder:
         folder = os.path.realpath(folder)
@@ -10787,6 +10789,18 @@ def clock(ms: Any, form: str = "%Y-%m-%d %H:%M") -> str:
 
 def at_terminal(stream: Any) -> bool:
     return stream is not None and bool(stream.isatty())
+
+
+def progress(text: str) -> None:
+    """Say what takes longer than a second, to a person only."""
+    if at_terminal(sys.stderr):
+        print(f"oppi: {text}...", file=sys.stderr, flush=True)
+
+
+def end_tidily() -> None:
+    """Let a closed window and a kill end this command as Ctrl+C does: what it made for itself is removed."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def quick(*argv: str) -> str:
@@ -10938,6 +10952,7 @@ def open_picture(png: bytes, seconds: int) -> None:
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     if not shutil.which(opener):
         raise UsageError(f"{opener} is not installed; write the picture to a file instead: {called()} pair --png FILE")
+    end_tidily()
     with tempfile.TemporaryDirectory(prefix="oppi-") as folder:
         path = os.path.join(folder, "pair.png")
         write_file(path, png)
@@ -11637,6 +11652,7 @@ def push_test(store: Store, args: argparse.Namespace) -> int:
     async def work() -> dict[str, tuple[int, str]]:
         return {name: await how(event_note("test", "", short_host())) for name, how in routes.items()}
 
+    progress(f"sending by {' and '.join(routes)}")
     found = asyncio.run(work())
     good = {name: 200 <= status < 300 for name, (status, _) in found.items()}
     facts = {name: {"ok": good[name], "status": max(0, status), "answer": text} for name, (status, text) in found.items()}
@@ -11672,6 +11688,7 @@ def cmd_version(store: Store, args: argparse.Namespace) -> int:
     if args.json:  # asking pi takes a second
         manifest, pi = recorded()[0], PiInfo(lambda: host_environment(store.settings(), store.root))
         wheels = {wheel["file"]: wheel["sha256"] for wheel in arr(manifest.get("wheels"))}
+        progress("asking pi")
         version = ".".join(map(str, asyncio.run(pi.known_version()))) or None
         facts.update(build=manifest.get("build"), wheels=wheels, pi=version, oppi=sha256(source()))
     return show(args, facts, [f"oppi {__version__}"])
@@ -11719,10 +11736,29 @@ def archive_problems(manifest: Json, files: dict[str, bytes]) -> Iterator[str]:
         yield "the archive has another build id than it says"
 
 
-def unpacked_problems(manifest: Json, folder: str) -> Iterator[str]:
-    """What of the unpacked files is not as recorded; the folder is named after the build and the Python it is for."""
+def code_parts(code: Any) -> list[Any]:
+    """Code, the code inside of it, and what Python trusts in each: `==` of code leaves out much of that."""
     import marshal
 
+    names = [name for name in dir(code) if "co_" in name[:4] and isinstance(getattr(code, name), (int, str, bytes))]
+    inner = [part for const in code.co_consts if isinstance(const, type(code)) for part in code_parts(const)]
+    stored = marshal.dumps(code, 2) if sys.version_info > (3, 11) else b""  # older ones write sets in any order
+    return [(code, stored, [getattr(code, name) for name in names]), *inner]
+
+
+def made_of(data: bytes, path: str) -> bool:
+    """Whether a compiled file is what Python makes of a source, to the byte as far as that is always the same."""
+    import importlib.util
+    import marshal
+
+    info, made = os.stat(path), code_parts(compile(read_file(path), path, "exec", dont_inherit=True))
+    head = b"".join(n.to_bytes(4, "little") for n in (0, int(info.st_mtime), info.st_size))
+    same = data[:16] == importlib.util.MAGIC_NUMBER + head and code_parts(marshal.loads(data[16:])) == made
+    return same and all(code.co_code in data for code, *_ in made)
+
+
+def unpacked_problems(manifest: Json, folder: str) -> Iterator[str]:
+    """What of the unpacked files is not as recorded; the folder is named after the build and the Python it is for."""
     places = obj(obj(manifest.get("unpacked")).get(os.path.basename(folder).partition("-")[2])).items()
     listed = obj(manifest.get("files")).items()
     good = {to + name[len(start) :]: digest for name, digest in listed for start, to in places if name.startswith(start)}
@@ -11735,7 +11771,7 @@ def unpacked_problems(manifest: Json, folder: str) -> Iterator[str]:
             if os.path.basename(path) == "__pycache__":  # Python has made it of the source beside it
                 origin = os.path.join(os.path.dirname(path), name.split(".")[0] + ".py")
                 with contextlib.suppress(Exception):
-                    if marshal.loads(data[16:]) == compile(read_file(origin), origin, "exec", dont_inherit=True):
+                    if made_of(data, origin):
                         continue
                 yield f"{full} is not what its source compiles to; {advice}"
             elif sha256(data) != good.get(place):
@@ -11744,6 +11780,7 @@ def unpacked_problems(manifest: Json, folder: str) -> Iterator[str]:
 
 def cmd_verify(store: Store, args: argparse.Namespace) -> int:
     """Compare with the hashes recorded when the archive was built, and print them to be compared elsewhere."""
+    progress("comparing every file")
     manifest, files = recorded()
     listed, code = obj(manifest.get("files")), sha256(source())
     problems = list(archive_problems(manifest, files)) if ARCHIVE else []
@@ -11791,7 +11828,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
              option("--host", "address phones use"), option("--port", "port phones use", type=int),
              option("--ttl", "seconds the app 1.1 code is valid", type=int, default=PAIRING_TTL_S),
              option("--app", "only the code of this app", choices=tuple(APPS)),
-             option("--png", "write the code as a picture", metavar="FILE"),
+             option("--png --save", "write the code as a picture", metavar="FILE"),
              option("--svg", "the same as a drawing", metavar="FILE"),
              option("--open", "show the code as a picture", **FLAG),
              # the original printed the owner token then; invites here hold none

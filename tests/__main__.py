@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not tests/, whose modules would then have two names
 
-from tests.support.tools import apt_install, cache_folder, find_pythons, locked, run  # noqa: E402
+from tests.support.tools import apt_install, cache_folder, fetch_pythons, find_pythons, locked, run  # noqa: E402
 
 BANNER = "I/O starts here"  # above this line of oppi.py every line and branch has to be covered
 FLOOR = "websockets==15.0.1"  # what Python 3.9 gets: types are checked against the oldest release in use
@@ -31,6 +31,7 @@ SUITES = ("unit", "wire", "real", "container", "abuse", "archive")
 SPREAD = ("wire", "real", "archive")  # they wait more than they work
 STEPS = ("lint", "types", *SUITES, "build", "start")
 STEP_LIMIT = 900  # seconds; a suite that hangs fails and does not hold up the rest
+MUST = {(3, 9), (3, 11), (3, 13)}  # Pythons without which the archive is not proven
 FEWEST = (3, 11)  # the Python that the tools below need; oppi itself is started with all of them
 
 
@@ -149,9 +150,10 @@ class Gate:
         """Builds the archive twice, the second time with everything different that must not matter."""
         first, second = self.work / "oppi.pyz", self.work / "elsewhere" / "other.pyz"
         second.parent.mkdir()
+        one = {"TZ": "UTC", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "1"}
         other = {"TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
         umask = os.umask(0o022)
-        good = self.call(self.python, "build_zipapp.py", "-o", str(first))
+        good = self.call(self.python, "build_zipapp.py", "-o", str(first), **one)
         os.umask(0o077)
         copy = shutil.copytree(ROOT, second.parent / "copy", ignore=shutil.ignore_patterns(".*", "tests"))
         good &= self.call(self.python, str(copy / "build_zipapp.py"), "-o", str(second), **other)
@@ -162,7 +164,7 @@ class Gate:
 
     def start(self) -> bool:
         """Starts the archive with every Python that may run it, on an empty home, without site-packages."""
-        archive, good = self.work / "oppi.pyz", True
+        archive, good, started_by = self.work / "oppi.pyz", True, set()
         if not archive.exists() and not self.call(self.python, "build_zipapp.py", "-o", str(archive)):
             return False
         for python, version in find_pythons().items():
@@ -175,7 +177,10 @@ class Gate:
                 number = ".".join(map(str, version))
                 print(f"{python}: Python {number} {'starts' if started else 'FAILS'}, {took:.2f} s")
                 good &= started
-        return good
+                started_by.add(version[:2])
+        if missing := MUST - started_by:
+            print(f"it has to be started with Python {', '.join(f'{a}.{b}' for a, b in sorted(missing))} too: not found")
+        return good and not missing
 
 
 def environment_folder(python: str) -> Path:
@@ -221,7 +226,10 @@ def main(names: list[str]) -> int:
         sys.exit(f"unknown step {unknown[0]}; the steps are {', '.join(STEPS)}")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="oppi-tests-") as work:
-        gate = Gate(make_environment(tool_python()), Path(work))
+        python = make_environment(tool_python())
+        if not names or {"archive", "start"} & set(names):
+            fetch_pythons([python, "-m", "pip", "install", "-q", "--disable-pip-version-check"])
+        gate = Gate(python, Path(work))
         for name in STEPS:
             if name in names or not names:
                 gate.step(name)

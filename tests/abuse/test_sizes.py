@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import time
 
 import pytest
 
+from tests.bench.common import open_session, probed_server
+from tests.bench.sessions import History
 from tests.support.phone import CommandFailed
 from tests.wire.rig import Rig
 
@@ -91,3 +94,27 @@ def test_long_ids_of_one_phone_reach_no_other(rig: Rig):
     assert "clientTurnId" in chat.phone.wait("error")["error"]
     chat.phone.send("set_model", sessionId=chat.sid, requestId=LARGE, provider=LARGE, modelId="b")
     assert other.wait("command_result", command="set_model")["success"] is False
+
+
+def test_a_session_of_50_mb_holds_up_nobody_when_it_is_opened() -> None:
+    """Neither its loop for 20 ms: what else this machine does can only make a timer later, so the best of some counts."""
+    with probed_server() as (server, lag):
+        phone = server.pair("1.1")
+        wid, sid = open_session(phone, server)
+        phone.open()
+        phone.subscribe(sid)
+        phone.prompt(sid, "!say a short answer")
+        phone.wait("agent_end", 20)
+        phone.stop(wid, sid)
+        history = History(next((server.data / "pi" / sid).glob("*.jsonl")))
+        history.fill(50_000_000)
+        found: list[float] = []
+        while len(found) < 8 and min(found, default=99) >= 20:
+            begin = time.monotonic()
+            answer = phone.raw("GET", f"/workspaces/{wid}/sessions/{sid}?view=full", timeout=120)
+            end = time.monotonic()
+            assert answer.status == 200 and len(answer.json()["trace"]) > 10_000
+            lags = lag.between(begin, end)
+            found.append(min(max(lags.late), max(lags.used)))
+        assert min(found) < 20, found
+        phone.drop()

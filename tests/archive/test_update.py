@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import build_zipapp
+from tests.support.screen import screen
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = """import os, sys
@@ -19,6 +20,12 @@ sys.path.insert(0, os.environ["ROOT"])
 import build_zipapp
 
 words = dict(zip(sys.argv[1:], sys.argv[2:]))
+if "-r" in words:  # a pinned one
+    pinned = open(words["-r"]).read()
+    wheel = next(w for w in build_zipapp.WHEELS if w.sha256 in pinned)
+    with open(os.path.join(words["--dest"], wheel.stem + ".whl"), "wb") as target:
+        target.write(build_zipapp.fetch(wheel))
+    sys.exit()
 name, version = sys.argv[-1], words["--python-version"]
 platform = [p for p, (s, _) in build_zipapp.PLATFORMS.items() if s.split(".")[0] == words["--platform"]]
 wheel = build_zipapp.wheel_for(name, "cp3" + version.split(".")[1], (platform or list(build_zipapp.PLATFORMS))[0])
@@ -97,3 +104,17 @@ def test_what_cannot_be_pinned_changes_nothing(builder: Path, variables: dict[st
     assert done.returncode == 1
     assert why in done.stderr
     assert builder.read_bytes() == (ROOT / "build_zipapp.py").read_bytes()
+
+
+def test_a_person_sees_what_takes_time(builder: Path, tmp_path: Path) -> None:
+    for name in ("oppi.py", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    pinned = builder.read_text()
+    builder.write_text(pinned.replace('os.path.join(base, "oppi-build")', 'os.environ["WHEELS"]'))
+    command = [sys.executable, str(builder), "--platform", "macos-arm64"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ROOT": str(ROOT), "WHEELS": str(tmp_path / "wheels")}
+    with screen(command, environment, 200, 60) as shown:
+        text = shown.shows("ended with")
+    wheels = build_zipapp.wheels_for(["macos-arm64"])
+    assert "ended with 0" in text and all(f"build_zipapp: downloading {wheel.stem}\n" in text for wheel in wheels)
+    assert text.index(" downloading ") < text.index("build_zipapp: packing\n")

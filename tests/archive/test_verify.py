@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support.tools import find_pythons
 from .test_archive import archive, home, rewrite  # noqa: F401
 from .test_archive import start as run_archive
 
+PYTHON_HERE = sys.version_info[:2]
 PYTHONS = [python for python, version in find_pythons().items() if version >= (3, 9, 2)]
 
 
@@ -60,6 +62,19 @@ def test_a_changed_byte_is_noticed(archive: Path, home: Path, used: Path, patter
     path.write_bytes(data)
     done = verified(archive, home)
     assert done.returncode == 1 and f"✗ {path} is " in done.stdout
+
+
+@pytest.mark.parametrize("what", ["version", "time", "size", "name of the source", "room on the stack"])
+def test_compiled_code_is_compared_to_the_byte(archive: Path, home: Path, used: Path, what: str) -> None:  # noqa: F811
+    """Also what Python leaves out when it compares code."""
+    (path,) = (used / "qrcode" / "__pycache__").glob("main.*.pyc")
+    data = bytearray(path.read_bytes())
+    places = {"version": 0, "time": 9, "size": 13, "name of the source": data.index(b"/qrcode/main.py") + 1}
+    old = PYTHON_HERE < (3, 11)  # which has the number of local variables before it
+    data[places.get(what, 16 + 1 + 4 * (4 if old else 3))] ^= 2
+    path.write_bytes(data)
+    done = verified(archive, home)
+    assert done.returncode == 1 and f"✗ {path} is not what its source compiles to" in done.stdout
 
 
 def test_a_file_that_was_put_there_or_taken_away_is_noticed(archive: Path, home: Path, used: Path) -> None:  # noqa: F811

@@ -43,7 +43,8 @@ def equipped(shared: Place, phones: dict[str, Phone], tmp_path: Path) -> Iterato
     put(server.agent_dir / "extensions" / "listed.js", EXTENSION % "listed")
     put(server.agent_dir / "extensions" / "folder" / "index.js", EXTENSION % "folder")
     put(server.agent_dir / "extensions" / "unlisted.js", EXTENSION % "unlisted")
-    fields = {"skills": ["chosen-of-pi", "chosen-of-agents", "chosen-own"], "extensions": ["listed.js", " folder ", "missing"]}
+    fields: dict[str, Any] = {"skills": ["chosen-of-pi", "chosen-of-agents", "chosen-own"]}
+    fields.update(extensions=["listed.js", " folder ", "missing"], systemPrompt="Answer in as few words as there are")
     yield from opened(shared, phones["1.1"], tmp_path, **fields)
 
 
@@ -53,6 +54,7 @@ def test_the_model_is_told_of_the_chosen_skills_and_of_no_other(equipped: Chat) 
     assert "Made for chosen-of-pi" in prompt and "The purpose of chosen-of-pi" not in prompt
     assert "The purpose of chosen-of-agents" in prompt and "Made for chosen-own" in prompt
     assert "left-" not in prompt
+    assert "Answer in as few words as there are" in prompt  # what the workspace says itself
 
 
 def test_the_listed_extensions_are_loaded_and_no_other(equipped: Chat) -> None:

@@ -14,7 +14,9 @@ HEAD = """# Command line
 
 Every command takes `--data-dir DIR` (default: `$OPPI_DATA_DIR`, else `~/.config/oppi`) and `--json`, which prints facts as JSON.
 A command that fails prints one line on stderr and exits with 1. Colours and drawing are left out when the output is no terminal
-or `NO_COLOR` is set. `oppi` stands for `python3 oppi.pyz` or `python3 oppi.py`; `eval "$(oppi completion)"` completes commands.
+or `NO_COLOR` is set. Variables: `OPPI_DATA_DIR`, `OPPI_PI_BIN` (another pi), `OPPI_ENV_FILE` (environment for pi),
+`OPPI_CACHE_DIR` (where the archive unpacks itself), `PI_CODING_AGENT_DIR` (pi's own folder); files: [operations](operations.md).
+`oppi` stands for `python3 oppi.pyz` or `python3 oppi.py`; `eval "$(oppi completion)"` completes commands.
 """
 
 
@@ -29,7 +31,9 @@ def section(name: str) -> Iterator[str]:
     parser = oppi.build_parser(name).get_default("commands")[name]
     actions = [a for a in parser._actions if a.dest not in ("help", "data_dir", "json") and a.help != argparse.SUPPRESS]
     yield f"## {' '.join(['oppi', name, *(word(a) for a in actions if not a.option_strings)])}\n"
-    yield f"{parser.description[:1].upper()}{parser.description[1:]}."
+    aliases = next(names.split()[1:] for names in oppi.COMMANDS if names.split()[0] == name)
+    also = "".join(f" Also called `{alias}`." for alias in aliases)
+    yield f"{parser.description[:1].upper()}{parser.description[1:]}.{also}"
     rows = [f"| `{form(a)}` | {meaning(a)} |" for a in actions if a.option_strings]
     if rows:
         yield "\n".join(["", "| Option | |", "|---|---|", *rows])

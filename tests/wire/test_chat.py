@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from tests.support.screen import Screen
 from tests.support.server import Server
 
-from .rig import PUSH, Rig, bash
+from .rig import PUSH, Rig, bash, eventually
 from .test_cli import Shell
 from .test_screen import show
 
@@ -76,6 +78,27 @@ class TestDemo:
         left_alone(oppi, tmp_path)
 
 
+    @pytest.mark.parametrize("how", ["closed window", "kill"])
+    def test_neither_does_any_other_end(self, oppi: Shell, tmp_path: Path, how: str) -> None:
+        with show(oppi, "demo", TMPDIR=str(tmp_path)) as shown:
+            shown.shows("y allow once   n deny")
+            if how == "kill":
+                demo = [pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and is_demo(pid, tmp_path)]
+                assert len(demo) == 1
+                os.kill(int(demo[0].name), signal.SIGTERM)
+                shown.shows("ended with 1")
+        eventually(lambda: list(tmp_path.iterdir()) == [])
+        left_alone(oppi, tmp_path)
+
+
+def is_demo(pid: Path, temporary: Path) -> bool:
+    """Whether a process is `oppi demo` itself: the server and the agent that it starts have other words."""
+    with contextlib.suppress(OSError):
+        words = (pid / "cmdline").read_bytes().split(b"\0")
+        return words[-2:] == [b"demo", b""] and str(temporary).encode() in (pid / "environ").read_bytes() and b"env" not in words
+    return False
+
+
 def devices(shell: Shell) -> list[Any]:
     return list(json.loads((shell.data / "devices.json").read_text())["devices"])
 
@@ -114,6 +137,14 @@ class TestChat:
             type_line(shown, "/quit")
             shown.shows("ended with 0")
         assert len(devices(shell)) == before
+
+    def test_its_device_goes_with_the_window(self, rig: Rig) -> None:
+        shell, chat = Shell(rig.server), rig.chat()
+        before = len(devices(shell))
+        with show(shell, "chat", chat.sid) as shown:
+            shown.shows("Type a message")
+            assert len(devices(shell)) == before + 1
+        eventually(lambda: len(devices(shell)) == before)
 
     def test_what_could_move_the_cursor_is_shown(self, rig: Rig) -> None:
         shell, chat = Shell(rig.server), rig.chat()

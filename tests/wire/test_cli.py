@@ -669,6 +669,14 @@ class TestWhatRuns:
         assert (facts["pi"], facts["build"], facts["archive"], facts["wheels"]) == ("0.87.1", None, None, {})
         assert facts["oppi"] == oppi.facts("verify")["hashes"]["oppi.py"]
 
+    @pytest.mark.parametrize(("command", "said"), [("verify", "comparing every file"), ("version", "asking pi")])
+    def test_what_takes_time_is_told_to_a_person(self, oppi: Shell, command: str, said: str, tmp_path: Path) -> None:
+        """On stderr, so that the facts can be read by a program all the same."""
+        with (tmp_path / "facts").open("w") as facts, terminal(oppi, command, "--json", stdout=facts) as shown:
+            shown.sees(f"oppi: {said}...\n")
+            assert shown.ends()[0] == 0
+        assert json.loads((tmp_path / "facts").read_text())
+
     @pytest.mark.parametrize(("typed", "found"), COMPLETED.items())
     def test_a_shell_completes_commands_and_options(self, oppi: Shell, typed: str, found: str) -> None:
         words = typed.split()
@@ -754,6 +762,10 @@ class TestPair:
         oppi.refuses("pair", "--host", host)
         oppi.refuses("pair", host, "--host", "h")
 
+    def test_the_option_that_the_original_promised_for_a_picture(self, oppi: Shell, tmp_path: Path) -> None:
+        assert str(tmp_path / "code.png") in oppi("pair", "--host", "h.local", "--save", str(tmp_path / "code.png"))
+        assert (tmp_path / "code.png").read_bytes().startswith(b"\x89PNG")
+
     def test_no_secret_is_kept_in_clear(self, oppi: Shell) -> None:
         facts = oppi.facts("pair", "--host", "h")
         secrets = [facts["pairingToken"], parse_invite_v2(facts["inviteURLv2"]).token]
@@ -777,6 +789,18 @@ class TestPair:
 
 
 class TestStatus:
+    def test_the_address_in_a_tailnet_is_found(self, oppi: Shell, tmp_path: Path) -> None:
+        tailscale = tmp_path / "tailscale"
+        status = json.dumps({"Self": {"DNSName": "mac.tail1.ts.net."}})
+        tailscale.write_text(f"#!/bin/sh\ncase $1 in status) echo '{status}';; ip) echo 100.100.1.2; echo fd7a::1;; esac\n")
+        tailscale.chmod(0o755)
+        env = {"PATH": f"{tmp_path}:{oppi.server.env['PATH']}"}
+        facts = oppi.facts("status", env=env)
+        assert (facts["tailscaleName"], facts["tailscaleIp"]) == ("mac.tail1.ts.net", "100.100.1.2")
+        assert "Hostname      mac.tail1.ts.net" in oppi("status", env=env)
+        tailscale.write_text("#!/bin/sh\nsleep 60\n")  # it hangs
+        assert oppi.facts("status", env=env)["tailscaleName"] == ""
+
     def test_before_and_after(self, oppi: Shell) -> None:
         facts = oppi.facts("status")
         assert (facts["port"], facts["host"], facts["dataDir"]) == (7749, "0.0.0.0", str(oppi.data))

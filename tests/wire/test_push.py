@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import subprocess
 import time
@@ -15,6 +16,7 @@ import pytest
 
 import oppi
 from tests.support.pushes import HANG, Apple, Told, Webhook, receiving
+from tests.support.screen import screen
 from tests.support.server import Server
 
 from .rig import PUSH, Chat, Rig, bash, eventually, rig_with
@@ -311,6 +313,19 @@ def test_what_was_answered_meanwhile_is_not_tried_again(kind: str) -> None:
     assert len(tries) == 1
 
 
+def test_a_signature_is_used_for_50_minutes_and_never_for_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiving(Apple(tmp_path)) as service:
+        (tmp_path / "apns.json").write_text(service.config())
+        apns, now = oppi.Apns(str(tmp_path / "apns.json")), 1_800_000_000.0
+        monkeypatch.setattr(oppi.time, "time", lambda: now)
+        first = apns.jwt()
+        for minutes, same in ((49, True), (51, False)):
+            now = 1_800_000_000.0 + minutes * 60
+            assert (apns.jwt() == first) is same
+        claims = json.loads(base64.urlsafe_b64decode(apns.jwt().split(".")[1] + "=="))
+        assert claims == {"iss": "TEAM123456", "iat": 1_800_000_000 + 51 * 60}
+
+
 class TestNobodyWaits:
     def unhindered(self, rig: Rig, service: Apple | Webhook) -> None:
         """Turns, and the end of the server, take no longer while everything that is sent hangs."""
@@ -365,6 +380,11 @@ class TestCommand:
                 assert done.returncode == 1
                 assert json.loads(done.stdout) == {"routes": {"apns": {"ok": False, "status": 410, "answer": "Unregistered"}}}
             assert len(webhook.told) == 1
+
+    def test_a_person_is_told_that_it_takes_time(self) -> None:
+        with receiving(Webhook()) as webhook, Server(config={"push": {"webhook": webhook.url}}, start=False) as server:
+            with screen(server.command("push", "test"), {**server.env, "OPPI_DATA_DIR": str(server.data)}) as shown:
+                shown.shows("oppi: sending by webhook...", "✓ webhook: 200", "ended with 0")
 
     def test_another_certificate_is_not_trusted(self, tmp_path: Path) -> None:
         other = tmp_path / "other"

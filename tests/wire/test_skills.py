@@ -214,6 +214,16 @@ class TestDiscovery:
         assert rig.phone().request("GET", "/skills/rescan") == SKILL404
         assert rig.phone().request("PUT", "/skills/rescan")[0] == 404
 
+    def test_the_original_kept_them_in_another_folder(self, rig: Rig) -> None:
+        """Whatever its data directory was."""
+        old = rig.server.home / ".config" / "oppi" / "skills"
+        place = add(old, "of-before", skill_text("Made with the original"))
+        found = listed(rig.phone())["of-before"]
+        assert (found["builtIn"], found["path"]) == (False, str(place))
+        rig.phone().call("PUT", "/me/skills/of-before", {"files": {"new.txt": "x"}})
+        assert "new.txt" in tree(own(rig) / "of-before") and "new.txt" not in tree(place)
+        shutil.rmtree(old)
+
     def test_a_workspace_may_name_any_of_them_and_no_other(self, rig: Rig, phone: Phone) -> None:
         for folder, name in ((pis(rig), "pis-skill"), (own(rig), "own-skill"), (agents(rig), "an-agents")):
             add(folder, name)
