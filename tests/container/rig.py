@@ -91,7 +91,9 @@ def namespaces() -> Iterator[None]:
     outside = os.open("/proc/self/ns/net", os.O_RDONLY)
     try:
         jail.checked("unshare", CLONE_NEWNET)
-        jail.ip("link set lo up")
+        jail.ip(
+            "link set lo up", *(f"link {verb} probe{kind}" for kind in (" type bridge", " type veth") for verb in ("add", "del"))
+        )
         Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
         jail.probe(tempfile.gettempdir())
     except (OSError, jail.JailError) as error:

@@ -18,7 +18,7 @@ from tests.support.mock_llm import MockLLM
 from tests.support.tools import PI_PACKAGES
 
 IMAGE, GATEWAY = "oppi-test:local", "10.202.0.1"
-LOCKED = ("--init", "--read-only", "--tmpfs", "/tmp", "-u", "1001:1001", "--cap-drop", "ALL", "--ulimit", "nproc=500")
+LOCKED = ("--init", "--read-only", "--tmpfs", "/tmp", "-u", "1001:1001", "--cap-drop", "ALL", "--ulimit", "nproc=1024")
 ARGUMENTS = ("--mode", "rpc", "--no-extensions", "--no-skills", "--session-dir", "/sessions", "--extension", "/gate/gate.js")
 MODEL = ("--provider", "mock", "--model", "mock-1")
 NO_CACHES = {"JITI_FS_CACHE": "false", "NODE_DISABLE_COMPILE_CACHE": "1"}
