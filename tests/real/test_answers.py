@@ -35,7 +35,7 @@ def role(value: str) -> Any:
 
 
 def test_text_streams_as_it_is_written(chat: Chat) -> None:
-    text = chat.turn("!slow 15\n!text 40")
+    text = chat.turn("!slow 40\n!text 40")
     assert text == "".join(f"w{number} " for number in range(40))
     assert chat.phone.types().count("text_delta") >= 10
     assert chat.wait("message_end", role="assistant")["content"] == text

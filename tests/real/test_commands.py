@@ -196,7 +196,7 @@ def test_steering_changes_a_turn_that_runs(chat: Chat) -> None:
 
 
 def test_a_follow_up_runs_after_the_turn(chat: Chat) -> None:
-    chat.ask("!slow 20\n!text 60")
+    chat.ask("!slow 40\n!text 60")
     chat.wait("text_delta")
     turn = chat.phone.prompt(chat.sid, "!say followed", kind="follow_up", wait=None)
     chat.wait("turn_ack", clientTurnId=turn.client_turn_id, stage="started")
@@ -206,7 +206,7 @@ def test_a_follow_up_runs_after_the_turn(chat: Chat) -> None:
 
 
 def test_a_prompt_to_a_busy_session_is_answered_in_its_turn(chat: Chat) -> None:
-    chat.ask("!slow 20\n!text 60")
+    chat.ask("!slow 40\n!text 60")
     chat.wait("text_delta")
     chat.phone.prompt(chat.sid, "!say second", wait=None)
     chat.wait("message_end", role="assistant", content="second")

@@ -71,7 +71,7 @@ def test_stop_session_while_a_command_runs_leaves_no_process(chat: Chat) -> None
     eventually((chat.folder / "marker").exists, "the command to run")
     chat.phone.send("stop_session", sessionId=chat.sid)
     chat.wait("session_ended")
-    eventually(lambda: not chat.place.running("sleep 32.25"), "the command to end", 5)
+    eventually(lambda: not chat.place.running("sleep 32.25"), "the command to end", 15)
 
 
 def test_two_sessions_do_not_hear_each_other(chat: Chat) -> None:
@@ -98,14 +98,20 @@ def test_a_deleted_session_is_gone(chat: Chat) -> None:
     assert len(chat.server.orphans()) < count
 
 
+def back_with_nothing_left(own: Place) -> None:
+    """The server is killed and starts again; then nothing runs of what it ran before."""
+    before = {pid for pid, _ in own.server.orphans()}
+    own.server.kill()
+    own.server.start()
+    eventually(lambda: not before & {pid for pid, _ in own.server.orphans()}, "the end of what the server had started")
+
+
 def test_kill_9_in_the_middle_of_an_answer(own: Place, tmp_path: Path) -> None:
     chat = conversation(own, tmp_path)
     chat.ask("!slow 30\n!text 2000")
     chat.wait("text_delta")
     seq = chat.phone.last_seq[chat.sid]
-    own.server.kill()
-    own.server.start()
-    assert own.server.wait_no_orphans(5) == []
+    back_with_nothing_left(own)
     phone = clone(chat.phone)
     chat.phone = phone
     assert [s["status"] for s in phone.sessions() if s["id"] == chat.sid] == ["stopped"]
@@ -126,9 +132,7 @@ def test_kill_9_while_a_command_runs_leaves_no_process(own: Place, tmp_path: Pat
     chat.ask('!tool bash {"command": "touch marker; sleep 33.25"}\n!say never')
     chat.approve()
     eventually((chat.folder / "marker").exists, "the command to run")
-    own.server.kill()
-    own.server.start()
-    assert own.server.wait_no_orphans(5) == []
+    back_with_nothing_left(own)
     chat.phone = clone(chat.phone)
     chat.connect()
     assert chat.turn("!say I do") == "I do"

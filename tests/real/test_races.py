@@ -105,7 +105,7 @@ def played(chat: Chat, *words: str) -> None:
 
 def test_what_waits_behind_an_answer_that_fails_runs_then_in_its_order(chat: Chat) -> None:
     """pi 0.73 by itself would keep it until somebody sends another prompt."""
-    queue_behind(chat, "!wait 400\n!error 400 no", QUEUED)
+    queue_behind(chat, "!wait 1500\n!error 400 no", QUEUED)
     played(chat, "three", "one", "two", "four")
     frames = chat.phone.since()
     [error] = [frame["error"] for frame in frames if frame["type"] == "error"]
@@ -115,7 +115,7 @@ def test_what_waits_behind_an_answer_that_fails_runs_then_in_its_order(chat: Cha
 
 
 def test_what_waits_while_pi_tries_in_vain_runs_then(chat: Chat) -> None:
-    queue_behind(chat, "!wait 100\n!error 529 Overloaded", [("follow_up", "one"), ("prompt", "two")])
+    queue_behind(chat, "!wait 1000\n!error 529 Overloaded", [("follow_up", "one"), ("prompt", "two")])
     played(chat, "one", "two")
     assert any("529" in frame["error"] for frame in chat.phone.since() if frame["type"] == "error")
 

@@ -58,7 +58,7 @@ def test_stop_while_a_command_runs_ends_the_command(chat: Chat) -> None:
     eventually((chat.folder / "marker").exists, "the command to run")
     assert chat.place.running("sleep 31.25")
     stop(chat)
-    eventually(lambda: not chat.place.running("sleep 31.25"), "the command to end")
+    eventually(lambda: not chat.place.running("sleep 31.25"), "the command to end", 15)
     assert chat.turn("!say go on") == "go on"
 
 

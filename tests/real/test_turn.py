@@ -12,6 +12,8 @@ from tests.support.phone import Phone
 from tests.support.server import Server
 from tests.support.tools import install_pi
 
+from .conftest import eventually
+
 PUSH = '!say on it\n!tool bash {"command": "git push"}\n!say finished'
 
 
@@ -82,9 +84,10 @@ def test_a_killed_server_leaves_nothing_behind_and_loses_nothing(place: tuple[Se
         phone.wait("agent_end", timeout=30)
         phone.prompt(sid, "!slow 200\n!text 500")
         phone.wait("text_delta", timeout=30)
+        before = {pid for pid, _ in server.orphans()}
         server.kill()
     server.start()
-    server.wait_no_orphans(10)
+    eventually(lambda: not before & {pid for pid, _ in server.orphans()}, "the end of what the server had started")
     phone = Phone(server.base_url, phone.token)
     assert phone.session_detail(workspace, sid)["session"]["status"] == "stopped"
     phone.open()

@@ -239,7 +239,7 @@ class Server:
         code = self._wait(timeout)
         if code != 0:
             raise ServerError(self.report(f"exit {code} after SIGTERM"))
-        left = self.wait_no_orphans(3.0)
+        left = self.wait_no_orphans()
         if left:
             raise ServerError(self.report(f"processes left behind: {left}"))
 
@@ -248,7 +248,7 @@ class Server:
         if self.alive:
             assert self.process is not None
             self.process.kill()
-            self._wait(5.0)
+            self._wait(STOP_TIMEOUT)
 
     def restart(self, *extra: str, graceful: bool = True) -> dict[str, Any]:
         """Stop (or kill) if running and start again on the same data and port."""

@@ -65,7 +65,7 @@ class TestMessages:
 
     def test_nothing_of_the_other_app_is_sent(self, rig: Rig) -> None:
         chat = rig.chat("1.0")
-        chat.say("!toolwait 200\n" + '!tool read {"path":"a"}')
+        chat.say("!toolwait 1000\n" + '!tool read {"path":"a"}')
         chat.phone.wait("tool_start")
         chat.phone.prompt(chat.sid, "!say more", kind="steer")
         chat.phone.command("get_queue")
@@ -137,7 +137,7 @@ class TestSlowStart:
 
     def test_a_question_that_comes_meanwhile_is_told_once(self, tmp_path: Path) -> None:
         """The app may have answered it before it would see it again, and nobody would then take that back."""
-        with rig_with(tmp_path, fake={"START_DELAY": "0.5"}) as rig:
+        with rig_with(tmp_path, fake={"START_DELAY": "2"}) as rig:
             asking = rig.chat("1.1")
             wid, sid = rig.session()
             phone = rig.phone("1.0")

@@ -280,7 +280,7 @@ def test_a_prompt_of_app_10_is_safe_while_pi_starts(tmp_path: Path, repeat: bool
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_of_several_turns_that_wait_the_one_that_began_is_called_started(tmp_path: Path, dialect: str) -> None:
     """While pi starts all are called dispatched, though it has none of them yet."""
-    with rig_with(tmp_path, dialect, {"START_DELAY": "1"}) as rig:
+    with rig_with(tmp_path, dialect, {"START_DELAY": "2"}) as rig:
         wid, sid = rig.session()
         phone = rig.phone("1.0")
         phone.open_session(wid, sid)

@@ -81,7 +81,7 @@ class TestWebhook:
         chat = rig.chat("1.0")
         chat.phone.answer(chat.ask()["id"], "allow", "session")
         chat.settled()
-        chat.say("!wait 300\n" + bash(PUSH))  # the rule answers
+        chat.say("!wait 1000\n" + bash(PUSH))  # the rule answers
         chat.phone.drop()
         told = webhook.wait()
         assert kinds(told) == ["white_check_mark"] and len(webhook.told) == 1
@@ -112,7 +112,7 @@ class TestWebhook:
         rig, webhook = hook
         rig.chat("1.0")
         chat = rig.chat("1.1")
-        chat.say("!wait 300\n!dialog confirm")  # only phones that have this session open are shown it
+        chat.say("!wait 1000\n!dialog confirm")  # only phones that have this session open are shown it
         chat.phone.unsubscribe(chat.sid)
         [told] = webhook.wait()
         assert told.headers["tags"] == "question" and told.headers["click"].endswith(chat.sid)
@@ -128,7 +128,7 @@ class TestWebhook:
     def test_the_end_of_a_turn(self, hook: tuple[Rig, Webhook]) -> None:
         rig, webhook = hook
         chat = rig.chat("1.0", name="Report")
-        chat.say("!wait 300\nhello")
+        chat.say("!wait 1000\nhello")
         chat.phone.drop()
         [told] = webhook.wait()
         assert told.headers["title"] == "Session Ended: Report" and told.headers["tags"] == "white_check_mark"

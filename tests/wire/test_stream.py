@@ -387,7 +387,7 @@ class TestQueue:
     @pytest.mark.parametrize(("kind", "queue"), [("steer", "steering"), ("follow_up", "followUp")])
     def test_a_queued_message_is_shown_and_then_taken(self, both: Rig, kind: str, queue: str) -> None:
         chat = both.chat()
-        chat.say("!toolwait 300\n" + '!tool read {"path":"a"}')
+        chat.say("!toolwait 1000\n" + '!tool read {"path":"a"}')
         start = chat.phone.mark()
         chat.phone.wait("tool_start", since=0)
         turn = chat.phone.prompt(chat.sid, "!say turned", kind=kind)
@@ -403,7 +403,7 @@ class TestQueue:
 
     def test_a_late_retry_of_a_steer_is_a_duplicate_not_an_error(self, rig: Rig) -> None:
         chat = rig.chat()
-        chat.say("!wait 100\n!say a")
+        chat.say("!wait 1000\n!say a")
         chat.phone.wait("agent_start")
         turn = chat.phone.prompt(chat.sid, "!say b", kind="steer")
         chat.settled()
