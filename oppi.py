@@ -6090,8 +6090,8 @@ class Containers:
     async def fate(self, workspace_id: str) -> str:
         """Why a pi in a container has ended, if that is it; else ""."""
         box = self.boxes.get(workspace_id)
-        with contextlib.suppress(PiFailed):
-            ended = box and not self._box(await self.inspect("inspect", box.name), box.name)
+        with contextlib.suppress(PiFailed, asyncio.TimeoutError):
+            ended = box and not self._box(await asyncio.wait_for(self.inspect("inspect", box.name), 5), box.name)
             return "The workspace's container has ended" if ended else ""
         return "Apple's container services do not answer"
 
@@ -6134,10 +6134,11 @@ class Containers:
         self.guests.get(workspace_id, set()).discard(session_id)
         self.used[workspace_id] = time.monotonic()
 
-    async def remove(self, name: str) -> None:
-        """Stop a container and see to it that it is gone, also one that the services have lost."""
+    async def remove(self, name: str) -> bool:
+        """Stop a container and see to it that it is gone, also one that the services have lost; whether it is."""
         await self.ask("stop", "-t", "2", name, limit=5)
         await self.ask("delete", "-f", name, limit=5)
+        return name not in (await self.ask("list", "-a", "-q"))[1].split()
 
     async def _end(self, box: Box, marks: str) -> bool:
         """End every process in a container that has a variable beginning so: no signal reaches them through the tool."""
@@ -6156,8 +6157,7 @@ class Containers:
     async def stop(self, workspace_id: str) -> None:
         async with self.locks.setdefault(workspace_id, asyncio.Lock()):
             box = None if self.guests.get(workspace_id) else self.boxes.get(workspace_id)
-            if box:
-                await self.remove(box.name)
+            if box and await self.remove(box.name):
                 del self.boxes[workspace_id]  # not before: a server that stops meanwhile removes it as well
 
     async def forget(self, workspace: Json) -> None:
@@ -6432,10 +6432,10 @@ class PiProcess:
         asyncio.get_running_loop().remove_reader(self._stderr_end)
         os.close(self._stderr_end)
         self._stop_reading()
+        reason = await self.fate() if self.fate and code else ""  # before anybody is told that it has ended
         for done in list(self.calls.values()):
             done({"success": False, "error": PI_GONE})
         self.calls.clear()
-        reason = await self.fate() if self.fate and code else ""
         self.on_exit(code, self.trouble or reason or self._stderr.decode("utf-8", "replace").strip())
         self.exited.set()
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
@@ -29,7 +30,15 @@ def start_stranger(apple: Apple, name: str, *options: str) -> None:
     """A container that no server has started."""
     if apple.call("image", "inspect", IMAGE).returncode:
         apple.build(name=IMAGE)
-    apple.ok("run", "-d", "--name", name, *options, "--entrypoint", "sleep", IMAGE, "1000")
+    apple.ok("run", "-d", "--name", name, "--network", "none", *options, "--entrypoint", "sleep", IMAGE, "1000")
+
+
+def stays(check: Callable[[], object], seconds: float, what: str) -> None:
+    """That something is so for a while, looked at all the time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert check(), what
+        time.sleep(0.05)
 
 
 def test_a_stop_ends_pi_inside_and_leaves_the_container_to_others(boxed: Boxed) -> None:
@@ -135,13 +144,16 @@ def own(tmp_path: Path) -> Iterator[Boxed]:
 def test_a_server_that_was_killed_finds_its_containers_again(own: Boxed) -> None:
     kept, deleted = own.chat(preset="kept"), own.chat(preset="deleted")
     kept.play("before")
+    deaf = own.chat(preset="kept")
+    deaf.say("!hang hard")
+    deaf.phone.wait("agent_start", sessionId=deaf.sid)
     name, pid = own.name(kept.wid), own.apple.record(own.name(kept.wid))["pid"]
     foreign = owner_of(own.server.folder)
     start_stranger(own.apple, "elses", "-l", f"oppi.owner={foreign}", "-l", f"oppi.workspace={kept.wid}")
     start_stranger(own.apple, "orphan", "-l", f"oppi.owner={owner_of(own.server.data)}", "-l", "oppi.workspace=gone")
     start_stranger(own.apple, "nobodys")
     own.server.kill()
-    assert len(own.pis(kept.wid)) == 1, "nothing has told the pi inside"
+    eventually(lambda: len(own.pis(kept.wid)) == 1, what="only this one heeds that its stdin has ended")
     (own.server.data / "workspaces" / f"{deleted.wid}.json").unlink()
     runs = len(own.apple.calls("run"))
     own.server.start()
@@ -197,13 +209,11 @@ def test_a_container_goes_when_nobody_has_needed_it_for_a_while(tmp_path: Path) 
     with boxed_with(tmp_path, config={"workspaceIdleTimeoutMs": int(limit * 1000)}) as rig:
         chat = rig.chat()
         name = rig.name(chat.wid)
-        chat.phone.quiet("session_ended", limit + 2)
-        assert name in rig.apple.running(), "somebody was in it"
+        pid = rig.apple.record(name)["pid"]
+        stays(lambda: rig.apple.record(name)["pid"] == pid, limit + 2, "somebody was in it")
         chat.stop()
         chat.phone.subscribe(chat.sid)
-        pid = rig.apple.record(name)["pid"]
-        chat.phone.quiet("session_ended", limit + 2)
-        assert rig.apple.record(name)["pid"] == pid, "a new session stops the clock"
+        stays(lambda: rig.apple.record(name)["pid"] == pid, limit + 2, "a new session stops the clock")
         rig.change(chat.wid, runtime="host")
         chat.stop()
         eventually(lambda: not rig.names(chat.wid), 20)
