@@ -191,7 +191,7 @@ def test_a_prompt_is_forgotten_only_when_the_person_says_so(own: Place, tmp_path
     nothing_offered(chat)
     assert runs(own, SLOW) == 1
     chat.phone.delete(chat.wid, chat.sid)
-    eventually(lambda: not file.exists(), "what belongs to a deleted session to go with it", 5)
+    eventually(lambda: not file.exists(), "what belongs to a deleted session to go with it")
     chat.phone.close()
 
 
