@@ -1107,7 +1107,8 @@ class TestOutput:
     def test_a_hint_can_be_typed_as_it_is(self, oppi: Shell) -> None:
         usage = oppi.run("config", "set").stderr.splitlines()[-1]
         hint = usage[len("Usage: ") :].replace("KEY VALUE", "port 7801")
-        subprocess.run(["sh", "-c", hint], cwd=oppi.server.folder, env=oppi.server.env, check=True, stdout=subprocess.DEVNULL)
+        env = {**oppi.server.env, "OPPI_DATA_DIR": str(oppi.data)}
+        subprocess.run(["sh", "-c", hint], cwd=oppi.server.folder, env=env, check=True, stdout=subprocess.DEVNULL)
         assert oppi.config["port"] == 7801
 
     def test_no_token_where_none_was_asked_for(self, running: Shell) -> None:
