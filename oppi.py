@@ -8509,7 +8509,7 @@ class Notifier:
     whose tokens are valid: a push token goes with the device that registered it."""
 
     def __init__(
-        self, store: Store, settings: Callable[[], Settings], configure: Callable[[Json], None], hub: Hub,
+        self, store: Store, settings: Callable[[], Settings], configure: Callable[[Json], Any], hub: Hub,
         welcome: Callable[[], set[str]],
     ) -> None:  # fmt: skip
         self.store, self.settings, self.configure, self.hub, self.welcome = store, settings, configure, hub, welcome
@@ -11638,11 +11638,8 @@ def policy_cases(args: argparse.Namespace) -> int:
 
 def push_test(store: Store, args: argparse.Namespace) -> int:
     """Send a note by every route, or by one, and say what the other side answered."""
-
-    def configure(changes: Json) -> None:
-        store.change_config(lambda raw: raw.update(changes))
-
-    notifier = Notifier(store, store.settings, configure, Hub(), lambda: store.read_access().principals())
+    change, welcome = store.change_config, lambda: store.read_access().principals()
+    notifier = Notifier(store, store.settings, lambda new: change(lambda raw: raw.update(new)), Hub(), welcome)
     notifier.tries = 1
     routes = {name: how for name, how in notifier.routes().items() if args.route in (None, name)}
     if not routes:
@@ -11736,24 +11733,19 @@ def archive_problems(manifest: Json, files: dict[str, bytes]) -> Iterator[str]:
         yield "the archive has another build id than it says"
 
 
-def code_parts(code: Any) -> list[Any]:
-    """Code, the code inside of it, and what Python trusts in each: `==` of code leaves out much of that."""
-    import marshal
-
-    names = [name for name in dir(code) if "co_" in name[:4] and isinstance(getattr(code, name), (int, str, bytes))]
-    inner = [part for const in code.co_consts if isinstance(const, type(code)) for part in code_parts(const)]
-    stored = marshal.dumps(code, 2) if sys.version_info > (3, 11) else b""  # older ones write sets in any order
-    return [(code, stored, [getattr(code, name) for name in names]), *inner]
-
-
 def made_of(data: bytes, path: str) -> bool:
     """Whether a compiled file is what Python makes of a source, to the byte as far as that is always the same."""
     import importlib.util
     import marshal
 
-    info, made = os.stat(path), code_parts(compile(read_file(path), path, "exec", dont_inherit=True))
+    def parts(code: Any) -> list[Any]:  # with what Python trusts in each: `==` of code leaves out much of that
+        stored = marshal.dumps(code, 2) if sys.version_info > (3, 11) else b""  # older ones write sets in any order
+        plain = [v for v in (getattr(code, n) for n in dir(code) if "co_" in n[:4]) if isinstance(v, (int, str, bytes))]
+        return [(code, stored, plain), *(p for const in code.co_consts if isinstance(const, type(code)) for p in parts(const))]
+
+    info, made = os.stat(path), parts(compile(read_file(path), path, "exec", dont_inherit=True))
     head = b"".join(n.to_bytes(4, "little") for n in (0, int(info.st_mtime), info.st_size))
-    same = data[:16] == importlib.util.MAGIC_NUMBER + head and code_parts(marshal.loads(data[16:])) == made
+    same = data[:16] == importlib.util.MAGIC_NUMBER + head and parts(marshal.loads(data[16:])) == made
     return same and all(code.co_code in data for code, *_ in made)
 
 

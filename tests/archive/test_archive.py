@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import pytest
 from packaging import tags
 
 import build_zipapp
-from tests.bench.common import child_cpu
+from tests.bench.common import child_cpu, cpu_seconds
+from tests.support.phone import Phone
 from tests.support.tools import find_pythons
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,14 +87,14 @@ def build_stand_in(folder: Path, platform: str, variant: str = "") -> Path:
 
 
 def start(
-    archive: Path, home: Path, *arguments: str, python: str = sys.executable, **variables: str
+    archive: Path, home: Path, *arguments: str, python: str = sys.executable, before: Sequence[str] = (), **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Starts an archive from an empty folder with nothing but the standard library."""
     folder = home.parent / "empty"
     folder.mkdir(exist_ok=True)
     environment = {"HOME": str(home), "PATH": os.defpath, **variables}
     old = "python2" in os.path.basename(os.path.realpath(python))
-    command = [python, *([] if old else ["-I"]), "-S", str(archive), *arguments]
+    command = [*before, python, *([] if old else ["-I"]), "-S", str(archive), *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert os.listdir(folder) == []
     return done
@@ -382,6 +383,24 @@ def test_a_command_that_loads_nothing_native_costs_little(archive: Path, home: P
     least = {name: min(seconds[1:]) for name, seconds in used.items()}  # the first one unpacks
     assert least["status"] <= 1.5 * least["python"], least
     assert least["config"] <= 1.5 * least["python"], least
+
+
+@pytest.mark.parametrize("python", SUPPORTED)
+def test_a_server_is_soon_healthy(archive: Path, home: Path, tmp_path: Path, python: str) -> None:
+    """CPU from its start to the first healthy answer: with nothing there yet, and then."""
+    environment = {"HOME": str(home), "PATH": os.defpath, "OPPI_DATA_DIR": str(tmp_path / "data"), "OPPI_BONJOUR": "0"}
+    command = [python, "-I", "-S", str(archive), "serve", "--json", "--port", "0", "--host", "127.0.0.1"]
+    used = []
+    for _ in range(4):
+        with subprocess.Popen(command, env=environment, stdout=-1, stdin=subprocess.DEVNULL) as process:
+            try:
+                assert process.stdout is not None
+                port = json.loads(process.stdout.readline())["port"]
+                assert Phone(f"http://127.0.0.1:{port}").health()["ok"] is True
+                used.append(cpu_seconds(process.pid))
+            finally:
+                process.terminate()
+    assert used[0] <= 1.0 and min(used[1:]) <= 0.30, used
 
 
 # -- removing what was unpacked before ---------------------------------------------------------------------------------
