@@ -179,6 +179,9 @@ class Faults:
             for rule in load(store.path("faults.json"), {}).get("rules", []):
                 key = json.dumps(rule, sort_keys=True)
                 if self.applies(rule, argv) and used.get(key, 0) < rule.get("times", 1 << 30):
+                    if rule.get("deaf"):
+                        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                            signal.signal(number, signal.SIG_IGN)
                     used[key] = used.get(key, 0) + 1
                     save(store.path("faults.used"), used)
                     self.rule = rule
@@ -191,9 +194,6 @@ class Faults:
 
     def before(self) -> None:
         """The part that comes before any work; does not return if the call hangs."""
-        if self.rule.get("deaf"):
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
         time.sleep(self.rule.get("delay", 0))
         if not self.rule.get("act"):
             self.hang()

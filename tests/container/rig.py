@@ -20,7 +20,8 @@ How a test of oppi uses it (every test below tests/container runs in the network
 - State to look at: `running`, `record`, `processes`, `execs` (pids of this side: os.kill reaches them), `calls`, `log`,
   `spoken` (all that was ever in argv, environment or records: for canaries), and the CLI itself by `ok`, `json`, `call`.
 - What goes wrong: `services(False)`, `fault("build", exit=1)`, `fault("network", "create", hang=True, times=1)`,
-  `fault("stop", act=True, exit=1)`, `fault("exec", has=["pi"], bytes=900)`, `die`, `lose`, `end_exec`; `healthy` ends faults.
+  `fault("stop", act=True, exit=1)`, `fault("exec", has=["pi"], bytes=900)`, `die`, `lose`, `end_exec`; `healthy` ends faults,
+  `faulted` counts the calls that met one (a call that hangs has when it says so, not when it was started).
 - At its end an Apple fails the test if a call of somebody else than the rig was bad: refused for its usage (exit 64),
   not carried out (70), or risky on a real Mac (`warnings`: an -e without value, a single file as a mount, one folder
   mounted in two modes, a mount on a folder that a read-only image lacks).  `complaints()` takes them away.
@@ -288,6 +289,10 @@ class Apple:
             faults = container_cli.load(path, {"rules": []})
             faults["rules"].append({"argv": list(argv), "number": time.monotonic_ns(), **rule})
             container_cli.save(path, faults)
+
+    def faulted(self) -> int:
+        """How many calls have met a fault so far."""
+        return sum(container_cli.load(str(self.state / "faults.used"), {}).values())
 
     def healthy(self) -> None:
         """No faults any more."""
