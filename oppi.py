@@ -5700,6 +5700,7 @@ CONTAINER_END = (  # ends what has one of these variables, and what that starts 
 )
 CONTAINER_SUBNETS = ("", "10.201.0.0/24", "10.202.0.0/24", "10.203.0.0/24")  # the tool's own choice first
 CONTAINER_CALL_S = 10.0  # for a call that only asks
+CONTAINER_CLOSE_S = 8.0  # for all to end when the server does; what is left is removed at its next start
 CONTAINER_RUN_S = 60.0  # for a container to start; a phone waits no longer
 CONTAINER_WAIT_S = 20.0  # for an image that is being built; then whoever starts a session is told
 NO_CONTAINERS = (
@@ -5917,7 +5918,8 @@ class Containers:
         """(exit code, stdout, stderr) of a command; the tool gets nothing of the environment but what it needs."""
         program = self.program()
         env = {"HOME": os.path.expanduser("~"), "PATH": os.path.dirname(program) + ":/usr/bin:/bin:/usr/sbin:/sbin"}
-        return await run_program([program, *words], env, limit)
+        code, out, err = await run_program([program, *words], env, limit)
+        return code, out, err.replace(program, "`container`")
 
     async def call(self, *words: str, limit: float = CONTAINER_CALL_S) -> str:
         """stdout of a command.  Raises PiFailed with one line a person can act on."""
@@ -5927,7 +5929,7 @@ class Containers:
         if code == 64:
             raise PiFailed(f"`{what}` was refused: containers need Apple's container 0.9 or newer, and macOS 26. {lines[0][:300]}")
         if code:
-            text = visible(re.sub(r"^Error: |^/\S+/(?=container took)", "", lines[-1 if words[0] == "build" else 0]))
+            text = visible(re.sub(r"^Error: ", "", lines[-1 if words[0] == "build" else 0]))
             raise PiFailed(f"`{what}` failed: {text[:300]}")
         return out
 
@@ -6136,7 +6138,7 @@ class Containers:
 
     async def remove(self, name: str) -> bool:
         """Stop a container and see to it that it is gone, also one that the services have lost; whether it is."""
-        await self.ask("stop", "-t", "2", name, limit=5)
+        await self.ask("stop", "-t", "2", name, limit=4)
         await self.ask("delete", "-f", name, limit=5)
         return name not in (await self.ask("list", "-a", "-q"))[1].split()
 
@@ -6152,13 +6154,13 @@ class Containers:
         async with self.locks.setdefault(workspace_id, asyncio.Lock()):
             if self.boxes.get(workspace_id) == box:
                 log("container", f"{box.name}: processes could not be ended; it is removed")
-                await self.remove(self.boxes.pop(workspace_id).name)
+                await self.remove(box.name)
 
     async def stop(self, workspace_id: str) -> None:
         async with self.locks.setdefault(workspace_id, asyncio.Lock()):
             box = None if self.guests.get(workspace_id) else self.boxes.get(workspace_id)
             if box and await self.remove(box.name):
-                del self.boxes[workspace_id]  # not before: a server that stops meanwhile removes it as well
+                self.boxes.pop(workspace_id, None)  # not before: a server that stops meanwhile removes it as well
 
     async def forget(self, workspace: Json) -> None:
         """A workspace was deleted: nothing of it stays but what is in its own folder."""
@@ -6186,7 +6188,10 @@ class Containers:
         """Stop all, side by side."""
         if self._preparing:
             self._preparing.cancel()
-        await asyncio.gather(*(self.remove(box.name) for box in self.boxes.values()), return_exceptions=True)
+        boxes, self.boxes = self.boxes, {}
+        removals = [asyncio.ensure_future(self.remove(box.name)) for box in boxes.values()]
+        if removals:
+            await asyncio.wait(removals, timeout=CONTAINER_CLOSE_S)
 
     # what a session finds inside
 
