@@ -93,12 +93,10 @@ MUTATIONS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("generation", "name"), CASES)
+@pytest.mark.parametrize(("generation", "name"), [case for case in CASES if known(case[0], samples(case[0])[case[1]])])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_damaged_messages_are_refused(generation: str, name: str, mutation: str) -> None:
     message = samples(generation)[name]
-    if not known(generation, message):
-        pytest.skip("this app ignores the type")
     kind, value = MUTATIONS[mutation]
     for path in paths(p.MESSAGES[message["type"]], message, generation, kind):
         with pytest.raises(p.DecodeError) as caught:
