@@ -93,7 +93,7 @@ MUTATIONS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("generation", "name"), [(g, n) for g, n in CASES if known(g, samples(g)[n])])
+@pytest.mark.parametrize(("generation", "name"), [case for case in CASES if known(case[0], samples(case[0])[case[1]])])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_damaged_messages_are_refused(generation: str, name: str, mutation: str) -> None:
     message = samples(generation)[name]
