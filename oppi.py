@@ -5927,7 +5927,8 @@ class Containers:
         what = " ".join(("container", *itertools.takewhile(str.isalpha, words[:2])))
         lines = [line for line in err.splitlines() if line.strip()] or [f"exit {code}"]
         if code == 64:
-            raise PiFailed(f"`{what}` was refused: containers need Apple's container 0.9 or newer, and macOS 26. {lines[0][:300]}")
+            need = "containers need Apple's container 0.9 or newer, and macOS 26"
+            raise PiFailed(f"`{what}` was refused: {need}. {lines[0][:300]}")
         if code:
             text = visible(re.sub(r"^Error: ", "", lines[-1 if words[0] == "build" else 0]))
             raise PiFailed(f"`{what}` failed: {text[:300]}")
@@ -8275,7 +8276,8 @@ class Sessions:
         starting = list(self.starting.values())
         for task in starting:
             task.cancel()
-        await asyncio.gather(*starting, *(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
+        ending = (live.terminate("server") for live in list(self.active.values()))
+        await asyncio.gather(*starting, *ending, return_exceptions=True)
         mark = f"OPPI_OWNER={self.store.root}"
         await asyncio.gather(self.containers.close(), on_thread(end_marked, mark))
 
