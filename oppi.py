@@ -5925,7 +5925,8 @@ class Containers:
         """stdout of a command.  Raises PiFailed with one line a person can act on."""
         code, out, err = await self.ask(*words, limit=limit)
         what = " ".join(("container", *itertools.takewhile(str.isalpha, words[:2])))
-        lines = [line for line in err.splitlines() if line.strip()] or [f"exit {code}"]
+        told = [line for line in err.splitlines() if line.strip()] or [f"exit {code}"]  # progress, too
+        lines = [line for line in told if line.startswith("Error: ")] or told
         if code == 64:
             need = "containers need Apple's container 0.9 or newer, and macOS 26"
             raise PiFailed(f"`{what}` was refused: {need}. {lines[0][:300]}")
