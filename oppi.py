@@ -11093,8 +11093,6 @@ def cmd_serve(store: Store, args: argparse.Namespace) -> int:
         else:
             greet(server, host, port)
 
-    # asyncio loads OpenSSL if it can, which takes 6 ms; nothing here speaks TLS by itself.
-    sys.modules.setdefault("ssl", cast("Any", None))
     asyncio.run(server.run(host, port, announce))
     return 0
 
