@@ -5338,7 +5338,7 @@ class Containers:
         what = " ".join(("container", *itertools.takewhile(str.isalpha, words[:2])))
         lines = [line for line in err.splitlines() if line.strip()] or [f"exit {code}"]
         if code == 64:
-            raise PiFailed(f"`{what}` was refused: containers need Apple's container 0.9 or newer, and macOS 26. {lines[0][:300]}")
+            raise PiFailed(f"`{what}` was refused: it takes Apple's container 0.9 or newer, and macOS 26. {lines[0][:300]}")
         if code:
             text = visible(re.sub(r"^Error: ", "", lines[-1 if words[0] == "build" else 0]))
             raise PiFailed(f"`{what}` failed: {text[:300]}")
@@ -5487,7 +5487,8 @@ class Containers:
         words = ["--init"] if self.version >= (0, 10) else []
         words += ["--cap-drop", "ALL"] if self.version >= (0, 12) else []
         words += CONTAINER_OPTIONS.split()
-        return [*words, *self.mounts(workspace), "--network", self.network, "--entrypoint", "/bin/sh", image, "-c", CONTAINER_LOOP]
+        words += [*self.mounts(workspace), "--network", self.network]
+        return [*words, "--entrypoint", "/bin/sh", image, "-c", CONTAINER_LOOP]
 
     async def enter(self, workspace: Json, session_id: str) -> Box:
         """The running container of a workspace, for a session that stays its guest until `leave`.  Raises PiFailed."""
@@ -7686,7 +7687,8 @@ class Sessions:
         starting = list(self.starting.values())
         for task in starting:
             task.cancel()
-        await asyncio.gather(*starting, *(live.terminate("server") for live in list(self.active.values())), return_exceptions=True)
+        ending = [live.terminate("server") for live in list(self.active.values())]
+        await asyncio.gather(*starting, *ending, return_exceptions=True)
         mark = f"OPPI_OWNER={self.store.root}"
         await asyncio.gather(self.containers.close(), asyncio.get_running_loop().run_in_executor(None, end_marked, mark))
 
