@@ -5398,15 +5398,17 @@ class CredentialProxy:
         self.refreshing: dict[str, asyncio.Task[None]] = {}
         self.outputs: dict[str, tuple[float, str]] = {}  # of `!command` keys, and until when they hold
         self._logins: Json = {}
+        self.tls: ssl.SSLContext | None = None
 
     async def open(self, port: int) -> None:
         """The port to use (0: any).  It is opened at each gateway by `admit`: such an address exists while a container runs."""
-        self.port, self.tls = port, ssl.create_default_context()
+        self.port = port
 
     async def admit(self, subnet: str, gateway: str) -> None:
         """Listen at a network's gateway, for its containers alone.  Raises OSError."""
         import ipaddress
 
+        self.tls = self.tls or await on_thread(ssl.create_default_context)
         old = self.doors.get(gateway)
         if old and any(guest.door is old for guest in self.guests.values()):
             return  # the network is in use, so its address never went
@@ -5928,8 +5930,7 @@ class Containers:
         told = [line for line in err.splitlines() if line.strip()] or [f"exit {code}"]  # progress, too
         lines = [line for line in told if line.startswith("Error: ")] or told
         if code == 64:
-            need = "containers need Apple's container 0.9 or newer, and macOS 26"
-            raise PiFailed(f"`{what}` was refused: {need}. {lines[0][:300]}")
+            raise PiFailed(f"`{what}` was refused: it takes Apple's container 0.9 or newer, and macOS 26. {lines[0][:300]}")
         if code:
             text = visible(re.sub(r"^Error: ", "", lines[-1 if words[0] == "build" else 0]))
             raise PiFailed(f"`{what}` failed: {text[:300]}")
@@ -8277,7 +8278,7 @@ class Sessions:
         starting = list(self.starting.values())
         for task in starting:
             task.cancel()
-        ending = (live.terminate("server") for live in list(self.active.values()))
+        ending = [live.terminate("server") for live in list(self.active.values())]
         await asyncio.gather(*starting, *ending, return_exceptions=True)
         mark = f"OPPI_OWNER={self.store.root}"
         await asyncio.gather(self.containers.close(), on_thread(end_marked, mark))

@@ -93,6 +93,10 @@ class Boxed(Rig):
     def status(self, wid: str, sid: str) -> str:
         return str(next(s["status"] for s in self.phone().sessions(wid) if s["id"] == sid))
 
+    def problem(self, wid: str) -> str:
+        """Why a workspace cannot have its container now, as the app shows it."""
+        return str(next(w for w in self.phone("1.0").workspaces() if w["id"] == wid).get("runtimeProblem", ""))
+
     def change(self, wid: str, **fields: Any) -> Any:
         return self.phone("1.0").call("PUT", f"/workspaces/{quote(wid)}", fields)["workspace"]
 

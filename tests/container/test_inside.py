@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -207,7 +206,7 @@ def test_memory_is_shared_by_its_name_and_stays_where_it_belongs(boxed: Boxed) -
     memory = "/home/pi/.config/dotfiles/shared/memory"
     boxed.started("one")
     boxed.started("two")
-    assert "No credentials" in boxed.read(one, f"cat {memory}/MEMORY.md").replace("no", "No") and boxed.read(one, f"ls -d {memory}/journal")
+    assert "no credentials" in boxed.read(one, f"cat {memory}/MEMORY.md")
     boxed.read(one, f"echo noted > {memory}/journal/today && mkdir ~/.config/other")
     assert boxed.read(two, f"cat {memory}/journal/today") == "noted"
     assert (boxed.server.data / "sandboxes" / "_memory" / "common" / "MEMORY.md").exists()
@@ -350,9 +349,10 @@ def test_sessions_of_the_original_open_and_go_on(boxed: Boxed) -> None:
     path = folder / "2026-01-02_old.jsonl"
     head = {"type": "session", "version": 3, "id": "old", "timestamp": "2026-01-02T03:04:05.678Z", "cwd": "/work"}
     user = {"role": "user", "content": [{"type": "text", "text": "long ago"}], "timestamp": 1}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}], "provider": "mock", "model": "m", "timestamp": 2}
-    entries = [("aaaaaaaa", None, user), ("bbbbbbbb", "aaaaaaaa", answer)]
-    lines = [head, *({"type": "message", "id": i, "parentId": p, "timestamp": head["timestamp"], "message": m} for i, p, m in entries)]
+    answer = {**user, "role": "assistant", "provider": "mock", "model": "m"}
+    common = {"type": "message", "timestamp": head["timestamp"]}
+    lines = [head, {**common, "id": "aaaaaaaa", "parentId": None, "message": user}]
+    lines.append({**common, "id": "bbbbbbbb", "parentId": "aaaaaaaa", "message": answer})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     boxed.server.stop()
     stored = boxed.server.data / "sessions" / f"{sid}.json"
@@ -405,8 +405,8 @@ def test_what_is_planted_for_a_conversation_leads_nowhere(boxed: Boxed, outside:
     (boxed.server.home / file.name).write_text(OUTSIDE)
     before = sorted(path.name for path in boxed.server.home.iterdir())
     phone = boxed.phone()
-    for path in (f"{chat.path}?view=full", f"{chat.path}/tool-output/x", f"/workspaces/{quote(chat.wid)}/graph?sessionId={chat.sid}"
-                 "&includePaths=true&include=entry"):  # fmt: skip
+    graph = f"/workspaces/{quote(chat.wid)}/graph?sessionId={chat.sid}&includePaths=true&include=entry"
+    for path in (f"{chat.path}?view=full", f"{chat.path}/tool-output/x", graph):
         answer = phone.raw("GET", path, timeout=20)
         assert answer.status in (200, 404) and CANARY.encode() not in answer.body and b'"host"' not in answer.body, (path, answer)
     status, text = boxed.resume(chat.wid, chat.sid)
@@ -420,13 +420,20 @@ def test_what_is_planted_for_a_conversation_leads_nowhere(boxed: Boxed, outside:
     assert phone.health()["ok"]
 
 
-@pytest.mark.parametrize("lie", ["{outside}", "/oppi/sessions/../../../../home/outside.jsonl", "/oppi/sessions/{sid}/sandboxes/x/sessions/outside.jsonl",
-                                 "/oppi/sessions/{sid}/new\\\\nline.jsonl"])  # fmt: skip
+LIES = (
+    "{outside}",
+    "/oppi/sessions/../../../../home/outside.jsonl",
+    "/oppi/sessions/{sid}/sandboxes/x/sessions/outside.jsonl",
+    "/oppi/sessions/{sid}/new\\\\nline.jsonl",
+)
+
+
+@pytest.mark.parametrize("lie", LIES)
 def test_a_pi_that_lies_about_its_file_gains_nothing(boxed: Boxed, outside: Path, lie: str) -> None:
     wid, sid = boxed.session("lying")
     assert boxed.resume(wid, sid)[0] == 200
     told = lie.format(outside=outside, sid=sid)
-    boxed.read(wid, f"mkdir -p /oppi/sessions/{sid}/sandboxes/x && ln -sfn {boxed.server.home} /oppi/sessions/{sid}/sandboxes/x/sessions")
+    boxed.read(wid, f"cd /oppi/sessions/{sid} && mkdir -p sandboxes/x && ln -sfn {boxed.server.home} sandboxes/x/sessions")
     boxed.read(wid, f"cd /oppi/sessions/{sid} && ln -s {outside} \"$(printf 'new\\nline.jsonl')\"")
     boxed.phone().stop(wid, sid)
     boxed.folder(wid, "workspace", ".lie").write_text(told)
@@ -455,13 +462,15 @@ def test_a_conversation_cannot_name_one_of_this_machine_as_where_it_comes_from(b
     for parent in (str(outside), "/oppi/sessions/../../../../home/outside.jsonl", f"/oppi/sessions/{chat.sid}/link.jsonl"):
         boxed.inside(chat.wid, f"ln -sfn {outside} /oppi/sessions/{chat.sid}/link.jsonl")
         file.write_text(json.dumps({**json.loads(head), "parentSession": parent}) + "\n" + rest)
-        answer = boxed.phone().raw("GET", f"/workspaces/{quote(chat.wid)}/graph?includePaths=true&include=entry&entrySessionId=host")
+        query = "includePaths=true&include=entry&entrySessionId=host"
+        answer = boxed.phone().raw("GET", f"/workspaces/{quote(chat.wid)}/graph?{query}")
         assert answer.status == 200 and b'"id":"host"' not in answer.body and CANARY.encode() not in answer.body
 
 
 def test_what_is_planted_in_the_work_folder_leads_nowhere(boxed: Boxed, outside: Path) -> None:
     chat = boxed.chat()
-    boxed.read(chat.wid, f"cd /work && ln -sfn {outside} link && ln -sfn {boxed.server.home} folder && ln -sfn / all && rm -f pipe && mkfifo pipe")
+    links = {"link": outside, "folder": boxed.server.home, "all": "/"}
+    boxed.read(chat.wid, "cd /work && mkfifo pipe" + "".join(f" && ln -sfn {target} {name}" for name, target in links.items()))
     write = {"path": "/work/link", "content": "x"}
     chat.play("!tool write " + json.dumps(write))
     for path in ("link", "folder/outside.jsonl", f"all{outside}", "pipe", "/work/link", ".", ""):

@@ -114,22 +114,21 @@ def test_what_is_left_of_a_container_makes_room_for_a_new_one(boxed: Boxed, stat
     assert boxed.configuration(wid)["labels"]["oppi.mark"]
 
 
-def test_a_deleted_workspace_leaves_nothing_but_the_work(boxed: Boxed) -> None:
-    for kept in (True, False):
-        preset = f"deleted-{kept}"
-        chat = boxed.chat(preset=preset)
-        chat.play("hello")
-        if kept:
-            boxed.read(chat.wid, "echo precious > /work/result")
-        inside = list(boxed.apple.processes(boxed.name(chat.wid)))
-        boxed.phone().call("DELETE", f"/workspaces/{quote(chat.wid)}")
-        eventually(lambda: not boxed.names(chat.wid) and not any(map(alive, inside)), 20, "the container goes, with who is in it")
-        folder = boxed.folder(chat.wid)
-        if kept:
-            eventually(lambda: sorted(os.listdir(folder)) == ["workspace"])
-            assert (folder / "workspace" / "result").read_text() == "precious\n"
-        else:
-            eventually(lambda: not folder.exists())
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_deleted_workspace_leaves_nothing_but_the_work(boxed: Boxed, kept: bool) -> None:
+    chat = boxed.chat(preset=f"deleted-{kept}")
+    chat.play("hello")
+    if kept:
+        boxed.read(chat.wid, "echo precious > /work/result")
+    inside = list(boxed.apple.processes(boxed.name(chat.wid)))
+    folder = boxed.folder(chat.wid)
+    boxed.phone().call("DELETE", f"/workspaces/{quote(chat.wid)}")
+    eventually(lambda: not boxed.names(chat.wid) and not any(map(alive, inside)), 20, "the container goes, with who is in it")
+    if kept:
+        eventually(lambda: sorted(os.listdir(folder)) == ["workspace"])
+        assert (folder / "workspace" / "result").read_text() == "precious\n"
+    else:
+        eventually(lambda: not folder.exists())
 
 
 # -- the server ends, or is ended --------------------------------------------------------------------------------------
