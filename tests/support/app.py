@@ -109,13 +109,13 @@ class Grammar:
 
     def __init__(self, sid: str) -> None:
         self.sid = sid
-        self.seq = -1
+        self.seq = 0
         self.known = True  # whether everything since this pi began was told to somebody
         self.busy = self.stopping = False
         self.tools: set[str] = set()
 
     def read(self, message: Frame, *, cut: bool) -> None:
-        if self.seq not in (-1, message["seq"] - 1):
+        if self.seq != message["seq"] - 1:
             self.known = False
         self.seq = message["seq"]
         getattr(self, "_" + message["type"], self._anything)(message)
