@@ -8,8 +8,8 @@
 This file is the whole server.  It is meant to be read from top to bottom in one sitting.
 
                 one port                 one loop, one process               child process per session
-     phone --HTTP/WS--> edge -> api -> sessions -> pi link --stdin (JSONL)--> pi
-       ^                                 |  ^        ^ <--stdout (JSONL)------'
+     phone --HTTP/WS--> edge -> api -> sessions -> pi link --stdin (JSONL)--> pi, here or
+       ^                                 |  ^        ^ <--stdout (JSONL)------'  in a container
        |                                 |  |        '-- gate question and verdict ride on the same pipe
        '------- outbox <-- stream <------'  '-- policy (pure) + pending approvals
                                        files: config, identity, devices, workspaces, sessions, rules, audit
@@ -33,6 +33,9 @@ Glossary, used in exactly these words, in code and on the wire:
     epoch      the time from one start of a session's pi to its end; seq is provable only inside it
     trace      a conversation as read back from pi's own session file
     dialect    how messages are spelled for an app generation: 1.0 (own socket) or 1.1 (`/stream`)
+    container  a small virtual machine of Apple's `container`, one for each workspace that asks for it
+    grant      what a session in a container gets instead of credentials: stubs, each with its own secret
+    door       a port that only containers reach: the proxy that puts credentials in the place of stubs
 
 Threat model in one paragraph.  The agent runs shell commands as the user and may be misled by
 what it reads, so no tool runs unless the gate was told to allow exactly that call; silence, junk
@@ -40,7 +43,8 @@ or a crash mean no.  Anyone on the network may talk to the port: everything but 
 and OPTIONS needs a token, every input has a bound, and nothing a peer sends may end the process.
 A stolen token can be revoked by itself and dies within a second.  Text from the model is data:
 it is shown in full, with invisible characters made visible, or refused.  A process that already
-runs as the same user outside the gate is not defended against.
+runs as the same user outside the gate is not defended against.  In a container the agent sees its
+workspace alone, and no credential; what it writes is read here as something a stranger has sent.
 
 Map: 1 errors and small tools, 2 settings, 3 identity, 4 shell grammar, 5 policy, 6 pi protocol,
 7 trace, 8 stream, 9 push payloads | I/O starts here | 10 store, 11 skills, 12 sandbox, 13 pi process,
