@@ -5254,8 +5254,9 @@ class Place(NamedTuple):
     def here(self, path: str) -> str:
         """What pi's name of a session file means on this machine; "" for one that no container can have."""
         own = os.path.normpath(path)
-        contained = self.sessions + own[len("/oppi/sessions") :] if inside(own, "/oppi/sessions") else ""
-        return contained if self.sessions else path
+        if not self.sessions:
+            return path
+        return self.sessions + own[len("/oppi/sessions") :] if inside(own, "/oppi/sessions") else ""
 
     def there(self, path: str) -> str:
         return "/oppi/sessions" + path[len(self.sessions) :] if self.sessions and inside(path, self.sessions) else path
