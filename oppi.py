@@ -5707,7 +5707,7 @@ CONTAINER_END = (  # ends what has one of these variables, and what that starts 
 CONTAINER_SUBNETS = ("", "10.201.0.0/24", "10.202.0.0/24", "10.203.0.0/24")  # the tool's own choice first
 CONTAINER_CALL_S = 10.0  # for a call that only asks
 CONTAINER_CLOSE_S = 8.0  # for all to end when the server does; what is left is removed at its next start
-CONTAINER_RUN_S = 60.0  # for a container to start; a phone waits no longer
+CONTAINER_RUN_S = 30.0  # for a container to start: a second or two, for the image is unpacked when it is built
 CONTAINER_WAIT_S = 20.0  # for an image that is being built; then whoever starts a session is told
 NO_CONTAINERS = (
     "This workspace runs in a container, and this machine has no `container` program. Install it (brew install container; "
@@ -5849,8 +5849,9 @@ class Place(NamedTuple):
     def here(self, path: str) -> str:
         """What pi's name of a session file means on this machine; "" for one that no container can have."""
         own = os.path.normpath(path)
-        contained = self.sessions + own[len("/oppi/sessions") :] if inside(own, "/oppi/sessions") else ""
-        return contained if self.sessions else path
+        if not self.sessions:
+            return path
+        return self.sessions + own[len("/oppi/sessions") :] if inside(own, "/oppi/sessions") else ""
 
     def there(self, path: str) -> str:
         return "/oppi/sessions" + path[len(self.sessions) :] if self.sessions and inside(path, self.sessions) else path
@@ -6100,8 +6101,11 @@ class Containers:
         """Why a pi in a container has ended, if that is it; else ""."""
         box = self.boxes.get(workspace_id)
         with contextlib.suppress(PiFailed, asyncio.TimeoutError):
-            ended = box and not self._box(await asyncio.wait_for(self.inspect("inspect", box.name), 5), box.name)
-            return "The workspace's container has ended" if ended else ""
+            for pause in (0, 1):  # what runs in a container may end a little before it does
+                await asyncio.sleep(pause)
+                if box and not self._box(await asyncio.wait_for(self.inspect("inspect", box.name), 5), box.name):
+                    return "The workspace's container has ended"
+            return ""
         return "Apple's container services do not answer"
 
     def shortcomings(self, workspace: Json, extensions: Sequence[str]) -> list[str]:

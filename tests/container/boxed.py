@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -160,14 +159,4 @@ def boxed_with(
                     rig.sweep()
 
 
-def processes_with(text: str) -> list[int]:
-    """pids whose command line has this text."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text.encode() in (entry / "cmdline").read_bytes().replace(b"\0", b" ") and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-    return found
-
-
-__all__ = ["Boxed", "Chat", "Server", "boxed_with", "eventually", "processes_with", "together"]
+__all__ = ["Boxed", "Chat", "Server", "boxed_with", "eventually", "together"]

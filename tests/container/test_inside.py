@@ -14,7 +14,6 @@ from tests.container.boxed import Boxed, boxed_with, eventually, together
 from tests.support.phone import quote
 
 CANARY = "canary-4711-never-inside"
-HOME_SKILLS = ("search", "fetch", "plain", "unchosen")
 
 
 def write_skill(boxed: Boxed, name: str, **files: str) -> Path:
@@ -433,7 +432,8 @@ def test_a_pi_that_lies_about_its_file_gains_nothing(boxed: Boxed, outside: Path
     wid, sid = boxed.session("lying")
     assert boxed.resume(wid, sid)[0] == 200
     told = lie.format(outside=outside, sid=sid)
-    boxed.read(wid, f"cd /oppi/sessions/{sid} && mkdir -p sandboxes/x && ln -sfn {boxed.server.home} sandboxes/x/sessions")
+    boxed.read(wid, f"mkdir -p /oppi/sessions/{sid}/sandboxes/x")
+    boxed.read(wid, f"ln -sfn {boxed.server.home} /oppi/sessions/{sid}/sandboxes/x/sessions")
     boxed.read(wid, f"cd /oppi/sessions/{sid} && ln -s {outside} \"$(printf 'new\\nline.jsonl')\"")
     boxed.phone().stop(wid, sid)
     boxed.folder(wid, "workspace", ".lie").write_text(told)
