@@ -8169,7 +8169,7 @@ class Sessions:
             await self.stop(session_id)
         finally:
             self.deleting.discard(session_id)
-        self.store.sessions.pop(session_id, None)
+        record = obj(self.store.sessions.pop(session_id, None))
         rules = self.store.rules
         rules.of_sessions = [rule for rule in rules.of_sessions if rule.get("sessionId") != session_id]
         self.lines.pop(session_id, None)
@@ -8178,6 +8178,9 @@ class Sessions:
             self.store.forget(folder, session_id)
         for ending in (".jsonl", ".jsonl.1"):
             self.store.forget("client-logs", session_id, ending)
+        if in_container(record):
+            guard = self.containers.folder({"id": record.get("workspaceId")}, "guard", "sessions", session_id)
+            await on_thread(remove, guard)
         self.hub.publish({"type": "session_deleted", "sessionId": session_id}, everyone=True)
 
     async def forget(self, workspace: Json) -> None:
