@@ -652,6 +652,12 @@ class TestServe:
 
 
 class TestWhatRuns:
+    @pytest.fixture
+    def oppi(self) -> Iterator[Shell]:
+        """From the source."""
+        with Server(program=[sys.executable, str(ROOT / "oppi.py")], start=False) as server:
+            yield Shell(server)
+
     def test_source_is_the_file_itself(self, oppi: Shell) -> None:
         assert oppi("source").encode() == (ROOT / "oppi.py").read_bytes()
 
