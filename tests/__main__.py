@@ -225,6 +225,7 @@ def main(names: list[str]) -> int:
     if unknown:
         sys.exit(f"unknown step {unknown[0]}; the steps are {', '.join(STEPS)}")
     begin = time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts this beside ignores it, and so would the tests
     with tempfile.TemporaryDirectory(prefix="oppi-tests-") as work:
         python = make_environment(tool_python())
         if not names or {"archive", "start"} & set(names):

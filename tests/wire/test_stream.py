@@ -451,13 +451,13 @@ class TestQueue:
         chat.say(BUSY)
         chat.phone.wait("agent_start")
         picture = {"data": "AAAA", "mimeType": "image/png"}
-        chat.phone.prompt(chat.sid, "look", kind="follow_up", images=[picture])
+        chat.phone.prompt(chat.sid, "look at it", kind="follow_up", images=[picture])
         queue = chat.phone.command("get_queue", chat.sid)["data"]
-        drafts = [{"message": "first"}, *({"id": item["id"], "message": item["message"]} for item in queue["followUp"])]
+        drafts = [{"message": "but first"}, *({"id": item["id"], "message": item["message"]} for item in queue["followUp"])]
         chat.phone.command("set_queue", chat.sid, baseVersion=queue["version"], steering=[], followUp=drafts, check=True)
-        sent = [line for line in rig.stdin_of_pi() if line.get("message") in ("look", "first")]
+        sent = [line for line in rig.stdin_of_pi() if line.get("message") in ("look at it", "but first")]
         assert [(line["message"], line.get("images", [])) for line in sent[1:]] == [
-            ("first", []), ("look", [{"type": "image", **picture}]),
+            ("but first", []), ("look at it", [{"type": "image", **picture}]),
         ]
 
     def test_an_idle_session_takes_no_items(self, rig: Rig) -> None:
