@@ -7261,7 +7261,7 @@ class LiveSession:
     def _on_wait_over(self, event: Json) -> None:
         if self.state not in STOPPING:
             self.free.set()
-        if not event.get("willRetry") and event.get("success") is not True:
+        if self.running and not event.get("willRetry") and event.get("success") is not True:
             self._settle_soon()
 
     def _settle_soon(self) -> None:
