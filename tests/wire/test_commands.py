@@ -164,6 +164,8 @@ class TestSession:
         start, end = chat.phone.wait("compaction_start"), chat.phone.wait("compaction_end")
         assert start["reason"] and (end["summary"], end["tokensBefore"]) == ("fake summary", 1400)
         assert chat.phone.command("compact", chat.sid)["error"] == "Already compacted"
+        chat.play("!say and on it goes")
+        assert chat.answer_of() == "and on it goes"
 
     def test_statistics_and_commands(self, both: Rig) -> None:
         chat = both.chat()
