@@ -129,6 +129,7 @@ def test_a_system_that_is_too_old_is_named(tmp_path: Path) -> None:
         status, text = rig.resume(wid, sid)
         assert status == 500 and "macOS 26" in text and readable(text), text
         assert "macOS 26" in rig.problem(wid)
+        assert all(complaint.startswith("container network ") for complaint in rig.apple.complaints())
 
 
 def test_services_that_are_down_are_started(tmp_path: Path) -> None:

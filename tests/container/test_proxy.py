@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
@@ -848,7 +849,7 @@ async def test_certificates_are_checked(world: World, monkeypatch: pytest.Monkey
     assert await answer(inside) == (502, "Upstream error: SSLCertVerificationError")
     assert not world.upstream.requests
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    await world.proxy.open(0)
+    world.proxy.tls = ssl.create_default_context()
     assert (await answer(inside))[0] == 200
     assert world.upstream.requests[0][1]["authorization"] == "Bearer canary-key"
     server.close()
