@@ -322,7 +322,7 @@ class Server:
         return f"{problem} (exit code {code}, data {self.data})\nserver stderr:\n  {tail}\n"
 
 
-COMPILED = tempfile.TemporaryDirectory(prefix="oppi-compiled-")
+COMPILED = tempfile.TemporaryDirectory(prefix="oppi-")
 
 
 @functools.lru_cache(1)
