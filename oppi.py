@@ -6296,7 +6296,7 @@ class Containers:
 SKIP_SIZE = 256 * 1024  # bytes per read while the rest of a line is skipped: looking for its end costs little
 READ_SIZE = 32 * 1024  # bytes per read; some 100 deltas, and within the processor's cache
 READ_TURN_S = 0.0005  # then the loop may serve others
-QUICK_S, REST_S = 0.003, 0.005  # a pipe that is read again so soon is left alone for a while: waking up costs ten deltas
+QUICK_S, REST_S = 0.003, 0.008  # a pipe that is read again so soon is left alone for a while: waking up costs ten deltas
 PIPE_SIZE = 1024 * 1024  # Linux: a larger pipe drains several times cheaper
 F_SETPIPE_SZ = 1031
 STDERR_TAIL = 4096  # bytes kept to explain a failure
