@@ -6036,6 +6036,11 @@ class Containers:
                 await self.remove(name)
         self.swept = True
 
+    async def tidy(self) -> None:
+        """Where no workspace asks for a container any more: remove what is left of them, if the services run anyway."""
+        if os.path.isdir(self.base) and self.trouble() != NO_CONTAINERS and not (await self.ask("system", "status"))[0]:
+            await self._sweep()
+
     # one container
 
     def _box(self, record: Json, name: str) -> Box | None:
@@ -10356,11 +10361,11 @@ class Server:
         await on_thread(self.store.skills.rescan)
         await self.pi.known_version()
         await self.pi.known_models()
-        if any(map(in_container, self.store.workspaces.values())):
-            try:
-                await self.containers.prepared()
-            except PiFailed as error:
-                log("container", str(error))
+        wanted = any(map(in_container, self.store.workspaces.values()))
+        try:
+            await (self.containers.prepared() if wanted else self.containers.tidy())
+        except PiFailed as error:
+            log("container", str(error))
 
     async def _watch(self) -> None:
         ticks = 0

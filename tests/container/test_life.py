@@ -220,3 +220,12 @@ def test_a_container_goes_when_nobody_has_needed_it_for_a_while(tmp_path: Path) 
         rig.change(chat.wid, runtime="container")
         chat.phone.subscribe(chat.sid)
         chat.play("a new one")
+
+
+def test_what_a_killed_server_left_goes_also_when_nobody_wants_containers_any_more(own: Boxed) -> None:
+    wid, _ = own.started()
+    assert own.apple.running()
+    own.server.kill()
+    (own.server.data / "workspaces" / f"{wid}.json").unlink()
+    own.server.start()
+    eventually(lambda: own.apple.running() == [], 20, "the container of the deleted workspace to go")
